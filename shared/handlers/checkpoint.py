@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints from which an interrupted training goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from torch.nn.parallel import DistributedDataParallel
+
+from shared.files import remove_incomplete, save_tensors
+
+logger = logging.getLogger(__name__)
+
+_PATTERN = re.compile(r"checkpoint_epoch=(\d+)\.pt")
+
+
+class ResumableCheckpoint:
+    """Save the whole state of a training after each epoch, and go on from the newest loadable file.
+
+    ``monai.handlers.CheckpointSaver`` writes in place, so that a kill leaves a broken file; ignite's ``Checkpoint`` is
+    atomic, but neither picks the newest file that loads, nor compares settings, nor keeps the epoch limit of the new run.
+    Random states are not stored: :class:`shared.handlers.seeding.EpochSeeds` derives them from seed and epoch.
+
+    Args:
+        save_dir: folder of the checkpoints.
+        state: name to object with ``state_dict`` and ``load_state_dict``; the trainer's counters are added.
+        settings: plain values that must equal those of the checkpoint (batch size, learning rate, seed, ...).
+        resume: ``auto`` continues from the newest loadable checkpoint in ``save_dir`` if there is one, ``never`` starts
+            anew, anything else is the path of a checkpoint that must load.
+        force: load a checkpoint although ``settings`` differ.
+        interval: epochs between checkpoints; the last epoch is always saved.
+        n_saved: checkpoints kept.
+    """
+
+    def __init__(
+        self,
+        save_dir: str | Path,
+        state: Mapping[str, Any],
+        *,
+        settings: Mapping[str, Any] | None = None,
+        resume: str = "auto",
+        force: bool = False,
+        interval: int = 1,
+        n_saved: int = 2,
+    ) -> None:
+        self.save_dir = Path(save_dir)
+        self.state = dict(state)
+        self.settings = {name: _plain(value) for name, value in (settings or {}).items()}
+        self.resume = str(resume)
+        self.force = force
+        self.interval = interval
+        self.n_saved = n_saved
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self._resume)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+
+    def _resume(self, engine: Any) -> None:
+        if engine.state.rank == 0:
+            for path in remove_incomplete(self.save_dir):
+                logger.info("%s: removed, left by an interrupted write", path)
+        if self.resume == "never":
+            return
+        content, path = self._read()
+        if content is None or path is None:
+            return
+        self._check_settings(content, path)
+        for name, part in self.state.items():
+            if name not in content:
+                raise KeyError(f"{path}: expected an entry {name!r}, got {sorted(content)}; start anew (--resume never).")
+            self._load(_unwrap(part), content[name], name, path)
+        engine.state.iteration = content["engine"]["iteration"]
+        engine.state.epoch = content["engine"]["epoch"]
+        if engine.scaler is not None and content["engine"].get("scaler"):
+            engine.scaler.load_state_dict(content["engine"]["scaler"])
+        if engine.state.epoch >= engine.state.max_epochs:
+            logger.info("%s: all %d epochs are done; raise --max_epochs to go on", path, engine.state.epoch)
+            engine.terminate()
+        else:
+            logger.info("resuming from %s after epoch %d", path, engine.state.epoch)
+
+    def _read(self) -> tuple[dict[str, Any] | None, Path | None]:
+        if self.resume != "auto":
+            path = Path(self.resume)
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"{path}: expected a checkpoint named by --resume, found no file; give its path, auto or never."
+                )
+            return torch.load(path, map_location="cpu", weights_only=True), path
+        for path in reversed(checkpoints_in(self.save_dir)):
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True), path
+            except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+                logger.warning("%s: does not load (%s); trying the one before", path, error)
+        return None, None
+
+    def _check_settings(self, content: Mapping[str, Any], path: Path) -> None:
+        saved = content.get("settings", {})
+        names = sorted({*saved, *self.settings})
+        differing = [name for name in names if saved.get(name) != self.settings.get(name)]
+        if not differing:
+            return
+        details = ", ".join(f"{name}: {saved.get(name)!r} there, {self.settings.get(name)!r} here" for name in differing)
+        message = f"{path}: made with other settings ({details})"
+        if not self.force:
+            raise ValueError(
+                f"{message}; use the same settings, choose another --output_dir, or start anew with --resume never."
+            )
+        logger.warning("%s; loaded all the same, as asked", message)
+
+    @staticmethod
+    def _load(part: Any, state: Any, name: str, path: Path) -> None:
+        try:
+            part.load_state_dict(state)
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:400]
+            raise ValueError(
+                f"{path}: expected a checkpoint of this configuration, but {name!r} does not fit ({reason}); use the "
+                "configuration it was made with, choose another --output_dir, or start anew with --resume never."
+            ) from error
+
+    def _save(self, engine: Any) -> None:
+        epoch = engine.state.epoch
+        if engine.state.rank != 0 or (epoch % self.interval and epoch != engine.state.max_epochs):
+            return
+        scaler = engine.scaler.state_dict() if engine.scaler is not None else None
+        content: dict[str, Any] = {name: _unwrap(part).state_dict() for name, part in self.state.items()}
+        content["engine"] = {"epoch": epoch, "iteration": engine.state.iteration, "scaler": scaler}
+        content["settings"] = self.settings
+        save_tensors(content, self.save_dir / f"checkpoint_epoch={epoch}.pt")
+        for path in checkpoints_in(self.save_dir)[: -self.n_saved]:
+            path.unlink()
+
+
+def checkpoints_in(folder: str | Path) -> list[Path]:
+    """Checkpoints of a folder, oldest epoch first."""
+    found = ((match, path) for path in Path(folder).glob("checkpoint_epoch=*.pt") if (match := _PATTERN.match(path.name)))
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found)]
+
+
+def _unwrap(part: Any) -> Any:
+    """The network inside DistributedDataParallel or ``torch.compile``: checkpoints carry its own names."""
+    if isinstance(part, DistributedDataParallel):
+        part = part.module
+    return getattr(part, "_orig_mod", part)
+
+
+def _plain(value: Any) -> Any:
+    """Values that ``weights_only`` loading accepts: numbers, strings and lists of them."""
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    return str(value)

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exponential moving average of the trained weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import EMAHandler
+from torch import nn
+
+
+class TrainedWeightsAverage(EMAHandler):
+    """``ignite.handlers.EMAHandler`` for networks with frozen parts, with a warm-up that depends on the step alone.
+
+    ignite averages every parameter, which rewrites frozen ones by rounding, one kernel per tensor; and its warm-up is
+    linear. Here only parameters that take a gradient are averaged, in one fused operation, and the rest is copied. The
+    decay after ``n`` steps is ``min(decay, (1 + n) / (10 + n))``: early averages forget the random start.
+
+    Args:
+        model: network whose copy ``ema_model`` holds the average; made at construction, so load pretrained weights first.
+        decay: limit of the decay, e.g. 0.9999.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.9999) -> None:
+        super().__init__(model=model, momentum=1.0 - decay, handle_buffers="copy")
+        self.decay = decay
+        # A copy for validation and release: it takes no gradient, whatever the original does.
+        self.ema_model.requires_grad_(False)
+
+    def attach(self, engine: Engine, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        engine.add_event_handler(Events.STARTED, self._copy_frozen)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._update)
+
+    @torch.no_grad()
+    def _copy_frozen(self, engine: Engine) -> None:
+        for average, parameter in zip(self.ema_model.parameters(), self.model.parameters(), strict=True):
+            if not parameter.requires_grad:
+                average.copy_(parameter)
+        self._copy_buffers()
+
+    @torch.no_grad()
+    def _update(self, engine: Engine) -> None:
+        step = engine.state.iteration
+        decay = min(self.decay, (1.0 + step) / (10.0 + step))
+        pairs = zip(self.ema_model.parameters(), self.model.parameters(), strict=True)
+        averages, parameters = zip(*((a, p) for a, p in pairs if p.requires_grad), strict=True)
+        torch._foreach_lerp_(averages, parameters, 1.0 - decay)
+        self._copy_buffers()
+
+    def _copy_buffers(self) -> None:
+        for average, buffer in zip(self.ema_model.buffers(), self.model.buffers(), strict=True):
+            average.copy_(buffer)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every run explains itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from ignite.engine import Engine, Events
+
+from shared.files import save_json, sha256_of_file
+from shared.provenance import active_config, git_commit, sha256_of_json, software_versions
+
+logger = logging.getLogger(__name__)
+
+
+class RunManifest:
+    """Write ``config.json`` and ``manifest.json`` into the run folder when an engine starts.
+
+    Args:
+        output_dir: run folder.
+        task: name of the stage, e.g. ``cxr_ldm diffusion``.
+        settings: values worth seeing at a glance (seed, batch size, ...).
+        dataset_dir: folder whose ``datalist.json`` is hashed.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        *,
+        task: str,
+        settings: Mapping[str, Any] | None = None,
+        dataset_dir: str | Path | None = None,
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.task = task
+        self.settings = dict(settings or {})
+        self.dataset_dir = Path(dataset_dir) if dataset_dir is not None else None
+        self.config = active_config()
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self._write)
+
+    def _write(self, engine: Any) -> None:
+        if engine.state.rank != 0:
+            return
+        datalist = self.dataset_dir / "datalist.json" if self.dataset_dir is not None else None
+        manifest = {
+            "task": self.task,
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "device": str(engine.state.device),
+            "settings": self.settings,
+            "config_sha256": sha256_of_json(self.config) if self.config is not None else None,
+            "datalist_sha256": sha256_of_file(datalist) if datalist is not None and datalist.exists() else None,
+            "git_commit": git_commit(Path(__file__).parent),
+            "software": software_versions(),
+        }
+        if self.config is not None:
+            save_json(self.config, self.output_dir / "config.json")
+        save_json(manifest, self.output_dir / "manifest.json")

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put the measured scale factor into the network."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+
+from shared.latent_cache import LatentDataset, measure_scale_factor
+
+logger = logging.getLogger(__name__)
+
+
+class MeasureScaleFactor:
+    """Set ``model.scale_factor`` from the training latents when a training starts.
+
+    Place it before the checkpoint handler: a resumed run keeps the value of its checkpoint. In distributed runs every rank
+    uses the value of rank 0.
+
+    Args:
+        model: network with a 0-dimensional buffer ``scale_factor``.
+        dataset: training latents.
+        max_items: images measured, evenly spaced.
+    """
+
+    def __init__(self, model: Any, dataset: LatentDataset, max_items: int = 4096) -> None:
+        self.model, self.dataset, self.max_items = model, dataset, max_items
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self._measure)
+
+    def _measure(self, engine: Any) -> None:
+        value = torch.tensor(measure_scale_factor(self.dataset, self.max_items))
+        self.model.scale_factor.copy_(value)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.broadcast(self.model.scale_factor, src=0)
+        logger.info("scale factor %.6f, measured on up to %d training images", float(value), self.max_items)

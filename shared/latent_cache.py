@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latents of a frozen autoencoder, computed once and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import DataLoader, Dataset
+from monai.utils import first
+from torch import nn
+from tqdm import tqdm
+
+from shared.files import atomic_path, save_json, sha256_of_state
+
+logger = logging.getLogger(__name__)
+
+
+class LatentDataset(Dataset):
+    """Items whose image is replaced by the posterior of a frozen autoencoder.
+
+    A frozen encoder gives the same posterior in every epoch, so mean and log-variance are stored and only the draw from
+    them is new each time (``shared.prepare_batch``). ``monai.data.PersistentDataset`` does not fit: it stores one file
+    per item after the transforms, where the encoder would run item by item and in every worker; here encoding is batched
+    on the training device and reading is a memory map.
+
+    The file's name carries a hash of the autoencoder's weights, the image transforms and the path, size and modification
+    time of every image, so that a change of any of them makes a new cache; one stored item is compared with a fresh
+    encoding before a cache is used.
+
+    Args:
+        data: items with ``image`` (a path) and whatever ``transform`` needs.
+        transform: applied to the item without its image, e.g. text to ``tokens``.
+        image_transform: deterministic transforms from the item to ``image`` ``(1, H, W)`` in [0, 1].
+        autoencoder: frozen, with ``encode(x) -> (mean, sigma)``.
+        cache_dir: folder of the cache; ``None`` leaves ``image`` in the items (random image transforms are then possible,
+            and the encoder runs in every step).
+        device: where the encoder runs.
+        batch_size: images per encoder call.
+        num_workers: processes that load images while the cache is made.
+
+    Items then hold ``latent_mean`` and ``latent_log_variance`` ``(C, h, w)`` float32, ``item_id`` and the transform's keys.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Mapping[str, Any]],
+        transform: Callable | None = None,
+        *,
+        image_transform: Callable,
+        autoencoder: nn.Module,
+        cache_dir: str | Path | None,
+        device: torch.device | str = "cpu",
+        batch_size: int = 8,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(data=data, transform=transform)
+        self.image_transform = image_transform
+        self.cache_path: Path | None = None
+        self._posterior: np.ndarray | None = None
+        if cache_dir is not None:
+            key = _cache_key(data, image_transform, autoencoder)
+            self.cache_path = Path(cache_dir) / f"latents_{key}.npy"
+            images = Dataset(data=[{"image": item["image"]} for item in data], transform=image_transform)
+            encode = _Encoder(autoencoder, torch.device(device))
+            if _is_main_process() and not _is_usable(self.cache_path, images, encode):
+                _build(self.cache_path, images, encode, batch_size, num_workers)
+            _wait_for_main_process()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A memory map is reopened by each worker instead of being copied into it.
+        return {**self.__dict__, "_posterior": None}
+
+    def posterior(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log-variance ``(C, h, w)`` of one item.
+
+        Raises:
+            ValueError: when the dataset has no cache.
+        """
+        if self.cache_path is None:
+            raise ValueError("cache_dir: expected a folder, got none; latents exist only with a cache.")
+        if self._posterior is None:
+            self._posterior = np.load(self.cache_path, mmap_mode="r")
+        mean, log_variance = torch.from_numpy(np.array(self._posterior[index]))
+        return mean, log_variance
+
+    def _transform(self, index: int) -> dict[str, Any]:
+        item = dict(self.data[index])
+        if self.cache_path is None:
+            item = self.image_transform(item)
+        else:
+            item.pop("image", None)
+            item["latent_mean"], item["latent_log_variance"] = self.posterior(index)
+        item["item_id"] = str(index)
+        return self.transform(item) if self.transform is not None else item
+
+
+def measure_scale_factor(dataset: LatentDataset, max_items: int = 4096) -> float:
+    """Reciprocal standard deviation of sampled latents over up to ``max_items`` evenly spaced items.
+
+    Scaling by it gives the diffusion model latents of unit variance (arXiv:2112.10752, appendix G), there estimated from
+    the first batch alone. The variance of a draw is the variance of the means plus the mean variance, so no draw is needed
+    and the number does not depend on a seed.
+
+    Raises:
+        ValueError: when the standard deviation is zero or not finite.
+    """
+    indices = np.unique(np.linspace(0, len(dataset) - 1, min(max_items, len(dataset))).round().astype(int))
+    count, total, total_square, total_variance = 0, 0.0, 0.0, 0.0
+    for index in indices:
+        mean, log_variance = (part.double() for part in dataset.posterior(int(index)))
+        count += mean.numel()
+        total += mean.sum().item()
+        total_square += mean.square().sum().item()
+        total_variance += log_variance.exp().sum().item()
+    variance = total_square / count - (total / count) ** 2 + total_variance / count
+    if not np.isfinite(variance) or variance <= 0:
+        raise ValueError(
+            f"{dataset.cache_path}: expected latents with a positive, finite variance, got {variance}; "
+            "train the autoencoder first or delete the file so that it is made again."
+        )
+    return float(variance**-0.5)
+
+
+class _Encoder:
+    """Images ``(B, 1, H, W)`` to posteriors ``(B, 2, C, h, w)`` on the CPU, in float32."""
+
+    def __init__(self, autoencoder: nn.Module, device: torch.device) -> None:
+        self.autoencoder, self.device = autoencoder, device
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> np.ndarray:
+        parameter = first(self.autoencoder.parameters())
+        mean, sigma = self.autoencoder.encode(torch.as_tensor(images, dtype=parameter.dtype, device=parameter.device))
+        return torch.stack((mean.float(), 2.0 * sigma.float().log()), dim=1).cpu().numpy()
+
+
+def _build(path: Path, images: Dataset, encode: _Encoder, batch_size: int, num_workers: int) -> None:
+    was_training = encode.autoencoder.training
+    encode.autoencoder.to(encode.device).eval()
+    loader = DataLoader(images, batch_size=batch_size, num_workers=num_workers, shuffle=False)
+    with atomic_path(path) as temporary:
+        stored: np.ndarray | None = None
+        start = 0
+        for batch in tqdm(loader, desc="encoding images once", unit="batch", leave=False):
+            posterior = encode(batch["image"])
+            if stored is None:
+                shape = (len(images), *posterior.shape[1:])
+                stored = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+            if not np.isfinite(posterior).all():
+                raise ValueError(
+                    f"{path}: expected finite latents, got NaN or infinity for items {start} to "
+                    f"{start + len(posterior) - 1}; check the autoencoder's weights with its own training curves."
+                )
+            stored[start : start + len(posterior)] = posterior
+            start += len(posterior)
+        if stored is None:
+            raise ValueError(f"{path}: expected at least one image to encode, got an empty list.")
+        stored.flush()
+        del stored
+    save_json({"items": len(images)}, path.with_suffix(".json"))
+    encode.autoencoder.train(was_training)
+    logger.info("stored the latents of %d images in %s", len(images), path)
+
+
+def _is_usable(path: Path, images: Dataset, encode: _Encoder) -> bool:
+    if not path.exists():
+        return False
+    try:
+        stored = np.load(path, mmap_mode="r")
+    except ValueError as error:
+        logger.warning("%s: unreadable latent cache (%s); it is made again", path, error)
+        return False
+    index = len(images) // 2
+    encode.autoencoder.to(encode.device).eval()
+    fresh = encode(images[index]["image"][None])[0]
+    if len(stored) != len(images) or not np.allclose(stored[index], fresh, rtol=1e-2, atol=1e-2):
+        logger.warning("%s: the stored latents differ from fresh ones; the cache is made again", path)
+        return False
+    return True
+
+
+def _cache_key(data: Sequence[Mapping[str, Any]], image_transform: Callable, autoencoder: nn.Module) -> str:
+    digest = hashlib.sha256(sha256_of_state(autoencoder.state_dict()).encode())
+    digest.update(json.dumps(_describe(image_transform), sort_keys=True).encode())
+    for item in data:
+        path = Path(item["image"])
+        status = path.stat()
+        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _describe(component: Any, depth: int = 4) -> Any:
+    """Class names and plain attributes of nested transforms: equal settings give equal descriptions in every process."""
+    if isinstance(component, (str, int, float, bool, type(None))):
+        return component
+    if isinstance(component, Mapping):
+        return {str(key): _describe(value, depth - 1) for key, value in component.items()}
+    if isinstance(component, (list, tuple)):
+        return [_describe(value, depth - 1) for value in component]
+    name = f"{type(component).__module__}.{type(component).__qualname__}"
+    attributes = vars(component) if depth > 0 and hasattr(component, "__dict__") else {}
+    described = {key: _describe(value, depth - 1) for key, value in attributes.items() if isinstance(key, Hashable)}
+    return [name, described]
+
+
+def _is_main_process() -> bool:
+    return not _is_distributed() or torch.distributed.get_rank() == 0
+
+
+def _wait_for_main_process() -> None:
+    if _is_distributed():
+        torch.distributed.barrier()
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loss terms of the autoencoders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+def kl_divergence(mean: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Kullback-Leibler divergence of ``N(mean, sigma^2)`` from ``N(0, 1)``, summed per sample, averaged over the batch.
+
+    ``0.5 sum(mean^2 + sigma^2 - log sigma^2 - 1)`` (arXiv:1312.6114, appendix B), in float32 whatever the input: the sum
+    over all latent elements overflows half precision.
+
+    Args:
+        mean: posterior mean ``(B, C, *spatial)``.
+        sigma: posterior standard deviation, same shape, > 0.
+
+    Returns:
+        Scalar tensor, >= 0, in nats.
+    """
+    mean, sigma = mean.float(), sigma.float()
+    per_element = 0.5 * (mean.square() + sigma.square() - 2.0 * sigma.log() - 1.0)
+    return per_element.flatten(1).sum(dim=1).mean()
+
+
+class AutoencoderLoss(nn.Module):
+    """Reconstruction, KL and optional perceptual term of a KL autoencoder (arXiv:2112.10752, section 3.1).
+
+    MONAI core has the parts but no loss that takes ``AutoencoderKL``'s triple output. Terms come back unweighted and by
+    name, so that logs compare between weights; ``total`` is their weighted sum.
+
+    Args:
+        kl_weight: weight of :func:`kl_divergence`.
+        perceptual: callable ``(reconstruction, image) -> scalar``, or ``None`` to train without the term.
+        perceptual_weight: weight of ``perceptual``; ignored without it.
+        reconstruction: pixel term, mean absolute error by default.
+    """
+
+    def __init__(
+        self,
+        *,
+        kl_weight: float,
+        perceptual: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        perceptual_weight: float = 0.0,
+        reconstruction: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.kl_weight = kl_weight
+        # Held in a tuple: a pretrained perceptual network is no part of this module's parameters or checkpoint.
+        self._perceptual = (perceptual,)
+        self.perceptual_weight = perceptual_weight if perceptual is not None else 0.0
+        self.reconstruction = reconstruction or nn.L1Loss()
+
+    def forward(
+        self, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor], image: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Compute the terms.
+
+        Args:
+            output: reconstruction ``(B, 1, H, W)``, posterior mean and sigma ``(B, C, h, w)``.
+            image: target ``(B, 1, H, W)`` in [0, 1].
+
+        Returns:
+            Scalars ``reconstruction``, ``kl``, ``perceptual`` (if used) and ``total``.
+        """
+        reconstructed, mean, sigma = output
+        terms = {
+            "reconstruction": self.reconstruction(reconstructed.float(), image.float()),
+            "kl": kl_divergence(mean, sigma),
+        }
+        total = terms["reconstruction"] + self.kl_weight * terms["kl"]
+        perceptual = self._perceptual[0]
+        if perceptual is not None and self.perceptual_weight > 0:
+            terms["perceptual"] = perceptual(reconstructed.float(), image.float()).mean()
+            total = total + self.perceptual_weight * terms["perceptual"]
+        terms["total"] = total
+        return terms
