@@ -72,10 +72,10 @@ class GradientGuard:
             return
         for parameter in parameters:
             parameter.grad = None
-        self._refuse(engine, float(norm), float(loss))
+        self._refuse(engine, float(norm), float(loss.detach()))
 
     def _refuse(self, engine: Any, norm: float, loss: float) -> None:
-        terms = {name: float(value) for name, value in getattr(engine.state, "losses", {}).items()}
+        terms = {name: float(value.detach()) for name, value in getattr(engine.state, "losses", {}).items()}
         files = ", ".join(batch_files(engine.state.batch)) or "unknown files"
         message = (
             f"{files}: expected a finite loss and gradient, got loss {loss} (terms {terms}) and gradient norm {norm} in "

@@ -14,11 +14,11 @@ from shared.weights import load_weights
 class LoadWeights:
     """Load the released weights strictly before the first batch.
 
-    ``monai.handlers.CheckpointLoader`` does not fit: it wants the dictionary of names that saved the file, reports a missing
-    file or a wrong configuration by a traceback of torch, and with ``strict=False`` loads half a network.
+    ``monai.handlers.CheckpointLoader`` does not fit: it wants the dictionary of names that saved the file, and
+    reports a missing file or a wrong configuration by a traceback of torch.
 
-    A handler and not an expression in ``initialize``: ``monai.bundle.load`` runs ``initialize``, and federated clients and
-    MONAI Label run neither (they load weights themselves), so building the network must not need the file.
+    A handler and not an expression in ``initialize``: ``monai.bundle.load`` runs ``initialize``, and MONAI Label runs
+    neither and loads the weights itself, so building the network must not need the file.
 
     Args:
         path: file with the state dict of ``network``.

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights published for monai-generative 0.2.3, brought into the networks of MONAI core 1.6.
+
+A conversion is a table of key rules, a strict check that nothing is left over on either side, and (in
+`tests/test_checkpoints.py`) a number: both networks fed the same input differ by at most 1e-5.
+
+Why not MONAI core's `load_old_state_dict`: in 1.6.1 it is silently wrong for attention without conditioning. It copies
+`proj_attn` into `out_proj`, but the forward pass of monai-generative 0.2.3 never applies `proj_attn`. It also leaves
+unmatched target keys at their random initial values.
+
+Key shapes and values say nothing about `num_head_channels`, `norm_num_groups`, `norm_eps` or `prediction_type`: the
+network given here must have been built with the published options.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Unapplied:
+    """The rule for an output projection that the old network stored but never applied: its values are left out.
+
+    Attributes:
+        key: pattern of the layer that the new network has (and applies) in its place, if built with `include_fc=True`.
+            It is made to do nothing: an identity matrix as weight, zeros as bias.
+    """
+
+    key: str
+
+
+Rules = Mapping[str, "str | Unapplied"]
+"""Old pattern -> new pattern. `{}` stands for one dotted part (`blocks.{}` matches `blocks.3`); the parts found on the
+left fill the right in order. The first matching rule wins; a key without a rule keeps its name."""
+
+
+def _attention(block: str) -> dict[str, str | Unapplied]:
+    """Self-attention of `AttentionBlock`, which moved into `.attn`."""
+    return {
+        f"{block}.to_q.{{}}": f"{block}.attn.to_q.{{}}",
+        f"{block}.to_k.{{}}": f"{block}.attn.to_k.{{}}",
+        f"{block}.to_v.{{}}": f"{block}.attn.to_v.{{}}",
+        f"{block}.proj_attn.{{}}": Unapplied(f"{block}.attn.out_proj.{{}}"),
+    }
+
+
+def _transformer(block: str) -> dict[str, str | Unapplied]:
+    """Blocks of `SpatialTransformer`: `to_out` was (linear, dropout), `out_proj` is the linear layer alone."""
+    layer = f"{block}.transformer_blocks.{{}}.{{}}"
+    return {f"{layer}.to_out.0.{{}}": f"{layer}.out_proj.{{}}"}
+
+
+_LEVEL = "{}.{}.attentions.{}"  # down_blocks.1.attentions.0
+_MIDDLE = "middle_block.attention"
+_UNET = {**_attention(_LEVEL), **_attention(_MIDDLE), **_transformer(_LEVEL), **_transformer(_MIDDLE)}
+
+KEYS: dict[str, Rules] = {
+    "AutoencoderKL": {
+        **_attention("{}.blocks.{}"),
+        "decoder.blocks.{}.conv.conv.{}": "decoder.blocks.{}.postconv.conv.{}",
+    },
+    "DiffusionModelUNet": {
+        **_UNET,
+        "up_blocks.{}.upsampler.conv.conv.{}": "up_blocks.{}.upsampler.postconv.conv.{}",
+    },
+    "ControlNet": _UNET,
+    "VQVAE": {},
+    "PatchDiscriminator": {},
+    "MultiScalePatchDiscriminator": {},
+}
+"""monai-generative 0.2.3 -> MONAI core 1.6, by class name (the same in both). Empty: the keys did not change."""
+
+
+def convert_state_dict(
+    source: Mapping[str, Tensor], network: nn.Module, *, rules: Rules | None = None
+) -> dict[str, Tensor]:
+    """Rename the keys of a monai-generative 0.2.3 state dict to those of a MONAI core network, strictly.
+
+    Weights already in core form pass through unchanged. Query, key and value are joined where `network` was built with
+    `use_combined_linear=True`.
+
+    Args:
+        source: state dict of the old network (see `read_published`); it is not changed.
+        network: the new network, built with the published options. Only names, shapes and data types of its state dict
+            are read, so it may live on `torch.device("meta")`.
+        rules: the key rules; None looks them up in `KEYS` by the class name of `network`.
+
+    Returns:
+        A state dict for `network.load_state_dict(..., strict=True)`: same keys and order as `network.state_dict()`,
+        in the data type of the network, on the device of `source`.
+
+    Raises:
+        ValueError: no rules for this class, a source key that fits nowhere, a network key left without value, or a
+            shape that differs; the message names the first keys.
+    """
+    kind = type(network).__name__
+    if rules is None:
+        if kind not in KEYS:
+            raise ValueError(f"{kind}: there are no key rules for this class, only for {', '.join(KEYS)}")
+        rules = KEYS[kind]
+    target = network.state_dict()
+
+    found: dict[str, Tensor] = {}
+    for key, value in source.items():
+        new_key, applied = _apply(rules, key)
+        if not applied:
+            if new_key not in target:
+                continue
+            value = torch.eye(value.shape[0]) if value.ndim == 2 else torch.zeros(value.shape)
+        if new_key in found:
+            raise ValueError(f"{kind}: two source keys become {new_key}, the second is {key}")
+        found[new_key] = value
+    _join_query_key_value(found, target)
+    _check(kind, found, target)
+    return {key: found[key].detach().to(like.dtype) for key, like in target.items()}
+
+
+def _check(kind: str, found: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """Every key used, every key filled, every shape equal; otherwise say which and what to look at."""
+    missing = [key for key in target if key not in found]
+    unused = [key for key in found if key not in target]
+    shapes = [
+        f"{key} {tuple(found[key].shape)} against {tuple(like.shape)}"
+        for key, like in target.items()
+        if key in found and found[key].shape != like.shape
+    ]
+    if not (missing or unused or shapes):
+        return
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} of its {len(target)} keys are not in the source: {_first(missing)}")
+    if unused:
+        parts.append(f"{len(unused)} source keys fit nowhere: {_first(unused)}")
+    if shapes:
+        parts.append(f"{len(shapes)} shapes differ (source against network): {_first(shapes)}")
+    remedy = "build the network with the options the weights were trained with"
+    if any(key.endswith(".out_proj.weight") and "transformer_blocks" in key for key in unused):
+        remedy = "build the network with include_fc=True: its transformer blocks need their output projection"
+    if any(".deconv." in key for key in missing):
+        remedy = "use_convtranspose=True cannot be converted: monai-generative used 3x3 kernels there, MONAI core 2x2"
+    raise ValueError(f"{kind}: the weights do not fit. {'; '.join(parts)}. Remedy: {remedy}.")
+
+
+def _join_query_key_value(found: dict[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """`use_combined_linear=True` keeps query, key and value as rows of one matrix, in this order."""
+    for key in target:
+        block, _, leaf = key.rpartition(".qkv.")
+        parts = [f"{block}.to_{x}.{leaf}" for x in "qkv"]
+        if block and all(part in found for part in parts):
+            found[key] = torch.cat([found.pop(part) for part in parts])
+
+
+def _match(pattern: str, key: str) -> tuple[str, ...] | None:
+    expression = r"([^.]+)".join(re.escape(part) for part in pattern.split("{}"))
+    match = re.fullmatch(expression, key)
+    return match.groups() if match else None
+
+
+def _apply(rules: Rules, key: str) -> tuple[str, bool]:
+    """The new key, and whether the old network applied the layer."""
+    for old, new in rules.items():
+        parts = _match(old, key)
+        if parts is not None:
+            return (new.key.format(*parts), False) if isinstance(new, Unapplied) else (new.format(*parts), True)
+    return key, True
+
+
+def _first(names: list[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+_NETWORK_ENTRIES = ("state_dict", "diffusion", "controlnet", "model")
+_WRAPPERS = ("module.", "model.")
+
+
+def read_published(path: str | Path, *, entry: str | None = None) -> dict[str, Tensor]:
+    """Read the network weights from any of the forms in which they are published.
+
+    A plain state dict (`autoencoder.pth`, `diffusion_model.pth` of the monai-generative model zoo), or a training
+    checkpoint that holds one under `state_dict` (autoencoder), `diffusion`, `controlnet` or `model`. The prefixes that
+    `DataParallel` and small wrappers leave on all keys (`module.`, `model.`) are removed.
+
+    Args:
+        path: the file.
+        entry: which entry of a training checkpoint, e.g. "discriminator"; None takes the first of the four above.
+
+    Returns:
+        state dict on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is no torch file, holds pickled objects besides tensors, or holds no state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can fail in any way
+        refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if refused is None:
+            reason = f"{type(error).__name__} {error}".split("\n")[0][:120]
+            raise ValueError(f"{path}: not readable as a torch file, truncated or damaged ({reason})") from error
+        raise ValueError(
+            f"{path}: expected tensors only, got a file whose loading would run code ({refused[1]}). Remedy: where the "
+            "file is trusted and its packages are installed, save the plain weights once: "
+            'torch.save(torch.load(F, weights_only=False).state_dict(), G), or ["state_dict"] for a checkpoint'
+        ) from error
+
+    weights = _state_dict(content, path, entry)
+    for wrapper in _WRAPPERS:
+        if all(key.startswith(wrapper) for key in weights):
+            weights = {key.removeprefix(wrapper): value for key, value in weights.items()}
+    return weights
+
+
+def _state_dict(content: Any, path: Path, entry: str | None) -> dict[str, Tensor]:
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{path}: expected a state dict or a training checkpoint, got {type(content).__name__}")
+    if entry is None and all(isinstance(value, Tensor) for value in content.values()):
+        return dict(content)
+    if entry is None:
+        entry = next((name for name in _NETWORK_ENTRIES if name in content), "")
+    weights = content.get(entry)
+    if not isinstance(weights, Mapping) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
+        expected = f"entry {entry!r}" if entry else f"one of the entries {', '.join(_NETWORK_ENTRIES)}"
+        raise ValueError(
+            f"{path}: expected {expected} with tensors, got the entries {_first(list(map(str, content)), 8)}"
+        )
+    return dict(weights)

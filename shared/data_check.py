@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find what is wrong with a dataset folder before a training meets it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from shared.datalist import FILE_NAME, PATH_KEYS, find_leaks, read_datalist
+from shared.files import sha256_of_file
+from shared.transforms.images import read_radiograph
+
+_VOLUMES = (".nii", ".nii.gz")
+_PICTURES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".tif", ".tiff", ".bmp")
+_LABELS = ("label", "mask")  # may be constant: no tumour, whole image
+
+
+@dataclass
+class DataCheck:
+    """Result of `check_dataset`: how many items each section has, and one line per problem."""
+
+    items: dict[str, int] = field(default_factory=dict)
+    files: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """One line: counts of problems, items and files."""
+        sections = ", ".join(f"{count} {section}" for section, count in self.items.items())
+        total = sum(self.items.values())
+        count = len(self.problems)
+        return f"{count or 'no'} problem{'' if count == 1 else 's'} in {total} items ({sections}), {self.files} files"
+
+
+def check_volume(path: str | os.PathLike, *, constant_ok: bool = False) -> tuple[int, ...]:
+    """Read a NIfTI file completely and return its shape.
+
+    Raises:
+        ValueError: unreadable, empty, NaN or infinite voxels, constant, or an affine that is not finite and
+            invertible. The message starts with the path.
+    """
+    try:
+        image: Any = nibabel.load(path)
+        values = np.asanyarray(image.dataobj)
+    except Exception as error:  # gzip, zlib, nibabel and struct each raise their own kind
+        raise ValueError(
+            f"{path}: expected a readable NIfTI file, but got ({type(error).__name__}: {error}); copy it anew"
+        ) from error
+    if 0 in values.shape:
+        raise ValueError(f"{path}: expected voxels, but got the shape {values.shape}; export it anew")
+    if not np.isfinite(values).all():
+        count = int((~np.isfinite(values)).sum())
+        raise ValueError(f"{path}: expected finite voxels, but {count} are NaN or infinite; repair or remove the item")
+    if not constant_ok and values.min() == values.max():
+        raise ValueError(f"{path}: expected an image, but all voxels are {values.min():g}; remove the item")
+    affine = np.asarray(image.affine, dtype=float)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise ValueError(f"{path}: expected a finite, invertible affine, but got {affine.tolist()}; export it anew")
+    return tuple(values.shape)
+
+
+def check_image(path: str | os.PathLike, *, constant_ok: bool = False) -> tuple[int, ...]:
+    """Read a picture, DICOM or NIfTI file and return its shape; see `check_volume` and `read_radiograph`."""
+    name = os.fspath(path).lower()
+    if name.endswith(_VOLUMES):
+        return check_volume(path, constant_ok=constant_ok)
+    try:
+        return read_radiograph(path).shape
+    except ValueError as error:
+        if constant_ok and "all pixels are" in str(error):
+            return (0, 0)
+        raise
+
+
+def _of_channels(count: int) -> str:
+    return f"a picture of {count} channel{'' if count == 1 else 's'}"
+
+
+def _kind(path: Path, shape: Sequence[int]) -> str:
+    """What must be the same for all files of a key: channels of pictures, dimensions of volumes."""
+    if path.name.lower().endswith(_VOLUMES):
+        return f"a {len(shape)}-D volume"
+    try:
+        with Image.open(path) as picture:
+            return "a palette picture" if picture.mode == "P" else _of_channels(len(picture.getbands()))
+    except UnidentifiedImageError:  # DICOM: `read_radiograph` lets grey ones pass only
+        return _of_channels(1)
+
+
+def _check_text(where: str, item: Mapping[str, Any], folder: Path) -> Iterator[str]:
+    text = item.get("text")
+    if text is not None and (not isinstance(text, str) or not text.strip()):
+        yield f"{where}: expected words under 'text', but got {'an empty one' if text == '' else repr(text)[:40]}"
+    report = item.get("report")
+    if isinstance(report, str) and (folder / report).is_file():
+        try:
+            if not (folder / report).read_text(encoding="utf-8").strip():
+                yield f"{folder / report}: expected a report, but the file is empty; remove the item"
+        except UnicodeDecodeError as error:
+            yield f"{folder / report}: expected text in UTF-8, but {error.reason} at byte {error.start}; convert it"
+
+
+def _paths(item: Mapping[str, Any], key: str) -> list[str]:
+    value = item.get(key)
+    return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str) and v]
+
+
+class _Checker:
+    """Walks through the items once; remembers shapes and hashes to compare items with each other."""
+
+    def __init__(self, folder: Path, images: bool) -> None:
+        self.folder, self.images = folder, images
+        self.result = DataCheck()
+        self.kinds: dict[str, dict[str, list[str]]] = {}
+        self.hashes: dict[str, dict[str, str]] = {}
+        self.seen: dict[Path, str | None] = {}  # file -> digest; None where the file cannot be used
+
+    def check_file(self, where: str, section: str, key: str, written: str) -> tuple[int, ...] | None:
+        """Check one file; its shape where it is an image that could be read."""
+        file = self.folder / written
+        if file in self.seen:
+            if (digest := self.seen[file]) is not None:
+                self.hashes.setdefault(digest, {}).setdefault(section, str(file))
+            return None
+        self.seen[file] = None
+        self.result.files += 1
+        if not file.is_file():
+            hint = "; the path is absolute, write it relative to the folder" if os.path.isabs(written) else ""
+            self.result.problems.append(f"{file}: expected this file ({key!r} of {where}), but it does not exist{hint}")
+            return None
+        if file.stat().st_size == 0:
+            self.result.problems.append(f"{file}: expected content, but the file is empty; copy it anew")
+            return None
+        if not self.images or not file.name.lower().endswith(_VOLUMES + _PICTURES):
+            return None
+        try:
+            shape = check_image(file, constant_ok=key in _LABELS)
+        except (ValueError, OSError) as error:
+            self.result.problems.append(str(error))
+            return None
+        if key not in _LABELS:
+            self.seen[file] = digest = sha256_of_file(file)
+            self.hashes.setdefault(digest, {}).setdefault(section, str(file))
+        self.kinds.setdefault(key, {}).setdefault(_kind(file, shape), []).append(str(file))
+        return shape if all(shape) else None
+
+    def check_item(self, where: str, section: str, item: Mapping[str, Any], common: Sequence[str]) -> None:
+        """Check one item: its keys, its text, its files, and that its grids agree."""
+        missing = [key for key in common if item.get(key) in (None, "", [])]
+        if missing:
+            self.result.problems.append(f"{where}: expected the keys {', '.join(missing)}, which most items have")
+        if not any(key in item for key in PATH_KEYS):
+            self.result.problems.append(f"{where}: expected a file key ({', '.join(PATH_KEYS)}), but it has none")
+        self.result.problems.extend(_check_text(where, item, self.folder))
+        shapes: dict[str, tuple[int, ...]] = {}
+        for key in PATH_KEYS:
+            for written in _paths(item, key):
+                shape = self.check_file(where, section, key, written)
+                if shape is not None:
+                    shapes[key] = shape
+        for first, second in (("image", "label"), ("t1w", "flair"), ("flair", "mask"), ("dwi", "mask")):
+            if first in shapes and second in shapes and shapes[first][:3] != shapes[second][:3]:
+                self.result.problems.append(
+                    f"{self.folder / _paths(item, second)[0]}: expected the grid of {first!r} {shapes[first]}, "
+                    f"but got {shapes[second]}; resample it"
+                )
+
+    def compare(self, sections: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """What only the whole list shows: mixed kinds of files, images or subjects in two sections."""
+        for key, kinds in self.kinds.items():
+            usual = max(kinds, key=lambda kind: len(kinds[kind]))
+            for kind, files in kinds.items():
+                if kind != usual:
+                    self.result.problems.extend(
+                        f"{file}: expected {usual} like most files of {key!r}, but got {kind}; convert it"
+                        for file in files
+                    )
+        for places in self.hashes.values():
+            if len(places) > 1:
+                (section, file), *others = places.items()
+                self.result.problems.extend(
+                    f"{other}: expected an image of its own in {name}, but {file} in {section} has the same content"
+                    for name, other in others
+                )
+        for subject, names in find_leaks(sections).items():
+            self.result.problems.append(
+                f"{self.folder / FILE_NAME}: expected each subject in one section, but {subject!r} is in "
+                f"{', '.join(names)}; split by subject (shared.datalist.split_by_subject)"
+            )
+
+
+def check_dataset(dataset_dir: str | os.PathLike, *, images: bool = True) -> DataCheck:
+    """Check a dataset folder: `datalist.json`, every file it names, and what may not be shared between sections.
+
+    Found: missing and empty files, keys that most items have but one lacks, empty texts and reports, subjects in two
+    sections; with `images` also unreadable, non-finite and constant images, mixed channels or dimensions within a key,
+    grids that differ within an item, and images of equal content (SHA-256 of the file) in two sections.
+
+    Args:
+        dataset_dir: folder with `datalist.json`.
+        images: also decode every image (slow for large sets).
+
+    Returns:
+        The problems, one line each, starting with the file; nothing is changed.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no list to check, see `shared.datalist.read_datalist`.
+    """
+    folder = Path(dataset_dir)
+    sections = read_datalist(folder)
+    checker = _Checker(folder, images)
+    items = [item for part in sections.values() for item in part]
+    usage = Counter(key for item in items for key in item)
+    common = [key for key in ("subject", *PATH_KEYS, "text") if usage[key] > len(items) / 2]
+    if usage["text"] and usage["report"]:  # either will do
+        common = [key for key in common if key not in ("text", "report")]
+    for section, part in sections.items():
+        checker.result.items[section] = len(part)
+        if not part:
+            checker.result.problems.append(
+                f"{folder / FILE_NAME}: expected items in {section!r}, but the list is empty"
+            )
+        for index, item in enumerate(part):
+            checker.check_item(f"{folder / FILE_NAME}: {section}[{index}]", section, item, common)
+    checker.compare(sections)
+    return checker.result

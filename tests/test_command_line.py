@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tools.command_line`: wrong options are refused before anything runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from tools.command_line import check_options, run
+
+
+def prepare(source: str, *, views: str = "PA", keep_text: bool = False) -> None:
+    """Stands for a tool; every call is recorded."""
+    if source == "bad":
+        raise ValueError("bad: expected another source")
+    CALLS.append((source, views, keep_text))
+
+
+CALLS: list[tuple[str, str, bool]] = []
+
+
+@pytest.fixture(autouse=True)
+def _no_calls():
+    CALLS.clear()
+
+
+@pytest.mark.parametrize("words", [["x", "--views", "AP"], ["--source=x", "--keep-text"], ["x", "--nokeep_text"],
+                                   ["--help"], ["x", "--", "--trace"]])  # fmt: skip
+def test_known_options_pass(words):
+    check_options(prepare, words)
+
+
+def test_unknown_option_is_refused_before_the_call(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["tool", "prepare", "x", "--viewz", "AP"])
+    with pytest.raises(SystemExit, match=r"^--viewz: expected an option.*did you mean --views\?"):
+        run({"prepare": prepare}, name="tool")
+    assert CALLS == []
+
+
+def test_run_and_its_errors(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["tool", "prepare", "x", "--views", "AP", "--keep-text"])
+    run({"prepare": prepare}, name="tool")
+    assert CALLS == [("x", "AP", True)]
+    monkeypatch.setattr("sys.argv", ["tool", "bad"])
+    with pytest.raises(SystemExit, match="^bad: expected another source"):
+        run(prepare, name="tool")

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convert published monai-generative weights, once, into the form the bundles load.
+
+    python -m tools.convert_checkpoint cxr_ldm --autoencoder autoencoder.pth --diffusion diffusion_model.pth \
+        --scale_factor 0.3 --out bundles/cxr_ldm/models/model.pt
+    python -m tools.convert_checkpoint network --kind ControlNet --source controlnet.pth --out controlnet.pt \
+        --options '{"spatial_dims": 2, "in_channels": 3, ...}'
+
+The key rules and the reason why MONAI's own loader is not used: `shared/checkpoints.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import fire
+import monai.networks.nets
+import torch
+from monai.bundle import ConfigParser
+from torch import Tensor, nn
+
+from shared.checkpoints import KEYS, convert_state_dict, read_published
+from shared.files import save_tensors, sha256_of_file
+
+_CXR_CONFIG = Path(__file__).parents[1] / "bundles" / "cxr_ldm" / "configs" / "inference.json"
+
+
+def cxr_ldm(
+    *,
+    autoencoder: str,
+    diffusion: str,
+    out: str,
+    scale_factor: float | None = None,
+    config: str | Sequence[str] = str(_CXR_CONFIG),
+    text_encoder: str | None = None,
+) -> None:
+    """Join the published chest X-ray autoencoder and U-Net into `models/model.pt` of the bundle `cxr_ldm`.
+
+    Args:
+        autoencoder: weights of the first stage (`autoencoder.pth`, or a training checkpoint).
+        diffusion: weights of the second stage (`diffusion_model.pth`, or a training checkpoint).
+        out: the file to write; an existing one is replaced only when the new one is complete.
+        scale_factor: what the latents were multiplied with in training; 0.3 for the published weights.
+        config: the bundle's configuration (or several, later ones override) with `network_def`.
+        text_encoder: folder of the frozen CLIP text encoder; if given, its width is checked against the U-Net.
+
+    Raises:
+        ValueError: weights that do not fit the configuration, or no scale factor.
+    """
+    if scale_factor is None:
+        raise ValueError(
+            "--scale_factor: expected a number, got none. The published files do not contain it, and a wrong one gives "
+            "grey or burnt images without any error. Remedy: --scale_factor 0.3 for the published chest X-ray weights; "
+            "for your own, the value given to the diffusion training"
+        )
+    if not (isinstance(scale_factor, (int, float)) and math.isfinite(scale_factor) and scale_factor > 0):
+        raise ValueError(f"--scale_factor: expected a positive number, got {scale_factor!r}")
+
+    files = [config] if isinstance(config, str) else list(config)
+    parser = ConfigParser()
+    parser.read_config(files)
+    network_def = _resolve(parser, "network_def", files)
+    unet_def = _resolve(parser, "network_def#unet", files)
+    _check_text_encoder(parser, files, network_def, unet_def, text_encoder)
+
+    weights: dict[str, Tensor] = {}
+    for part, source in (("autoencoder", autoencoder), ("unet", diffusion)):
+        _resolve(parser, f"network_def#{part}", files)
+        with torch.device("meta"):  # names and shapes suffice
+            network = parser.get_parsed_content(f"network_def#{part}")
+        converted = _convert(source, network)
+        weights |= {f"{part}.{key}": value for key, value in converted.items()}
+    weights["scale_factor"] = torch.tensor(float(scale_factor))
+    print(f"scale_factor: {scale_factor}")
+    _save(weights, out)
+
+
+@fire.decorators.SetParseFns(options=str)  # fire would read the JSON words true and false as texts
+def network(*, kind: str, source: str, out: str, options: str, entry: str | None = None) -> None:
+    """Convert the weights of one network.
+
+    Args:
+        kind: class name in `monai.networks.nets`, one of `shared.checkpoints.KEYS`.
+        source: the published file.
+        out: the file to write.
+        options: JSON object (or a file with one): the arguments of the MONAI core class, e.g.
+            '{"spatial_dims": 2, "channels": [64, 128], "attention_levels": [false, true]}'.
+        entry: which entry of a training checkpoint to take, e.g. "discriminator"; None takes the network.
+
+    Raises:
+        ValueError: unknown class, options that do not fit it, or weights that do not fit the network.
+    """
+    if kind not in KEYS:
+        raise ValueError(f"--kind: expected one of {', '.join(KEYS)}, got {kind!r}")
+    text = Path(options).read_text() if not options.lstrip().startswith("{") else options
+    try:
+        arguments = json.loads(text)
+        with torch.device("meta"):
+            built = getattr(monai.networks.nets, kind)(**arguments)
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(
+            f"--options: expected a JSON object of arguments for {kind}, got {text!r} ({error})"
+        ) from error
+    _save(_convert(source, built, entry=entry), out)
+
+
+def _resolve(parser: ConfigParser, name: str, files: list[str]) -> dict[str, Any]:
+    """The definition behind `name`, references followed."""
+    try:
+        content = parser[name]
+        while isinstance(content, str) and content[:1] in "@%":
+            content = parser[content[1:]]
+    except (KeyError, IndexError, ValueError):
+        content = None
+    if not isinstance(content, dict) or "_target_" not in content:
+        raise ValueError(
+            f"{files[-1]}: expected the key {name} to define a network with _target_, got {content!r}. "
+            "Remedy: give the bundle's own configuration with --config"
+        )
+    return content
+
+
+def _check_text_encoder(
+    parser: ConfigParser, files: list[str], network_def: dict, unet_def: dict, folder: str | None
+) -> None:
+    """The published U-Net listens to a frozen CLIP encoder, which is not part of the weights."""
+    encoder = _resolve(parser, "network_def#text_encoder", files)
+    if not str(encoder["_target_"]).endswith("FrozenClipTextEncoder"):
+        raise ValueError(
+            f"{files[-1]}: expected network_def#text_encoder to be FrozenClipTextEncoder, got {encoder['_target_']}, "
+            "whose weights are part of model.pt and not of the published files. Remedy: give with --config a "
+            "configuration for the published weights"
+        )
+    if folder is None:
+        print("text encoder: frozen, stays in its own folder; not checked (give --text_encoder DIR to check its width)")
+        return
+    parser["checked_text_encoder"] = {**encoder, "folder": folder}
+    width = parser.get_parsed_content("checked_text_encoder")(torch.zeros(1, 77, dtype=torch.int64)).shape[-1]
+    expected = unet_def.get("cross_attention_dim")
+    if isinstance(expected, int) and width != expected:
+        raise ValueError(
+            f"{folder}: expected a text encoder of width {expected} (network_def#unet#cross_attention_dim), got {width}"
+        )
+    print(f"text encoder: frozen, width {width}, from {folder}; not stored")
+
+
+def _convert(source: str, network: nn.Module, *, entry: str | None = None) -> dict[str, Tensor]:
+    published = read_published(source, entry=entry)
+    try:
+        converted = convert_state_dict(published, network)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    renamed = sum(key not in published for key in converted)
+    count = sum(value.numel() for value in converted.values())
+    print(
+        f"{type(network).__name__}: {count / 1e6:.2f} M values in {len(converted)} tensors from {source}, "
+        f"{renamed} under a new name"
+    )
+    return converted
+
+
+def _save(weights: dict[str, Tensor], out: str) -> None:
+    save_tensors(weights, out)
+    print(f"saved {out} ({Path(out).stat().st_size / 1e6:.1f} MB)\nsha256 {sha256_of_file(out)}")
+
+
+def main() -> None:
+    """Entry point; expected errors end with their message alone."""
+    try:
+        fire.Fire({"cxr_ldm": cxr_ldm, "network": network})
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command line: write the embedded sample data of a bundle.
+
+python -m tools.phantoms cxr_ldm --out DIR --n 200 [--size 128] [--seed 0] [--split 0.7,0.15,0.15]
+"""
+
+from __future__ import annotations
+
+import fire
+
+from tools.phantoms import cxr_ldm
+
+BUNDLES = {"cxr_ldm": cxr_ldm.make_dataset}
+
+
+def main(command: list[str] | None = None) -> None:
+    """Write the sample dataset of one bundle and print the path of its `datalist.json`.
+
+    Args:
+        command: words of the command line; None reads `sys.argv`.
+    """
+    fire.Fire(BUNDLES, command=command, name="python -m tools.phantoms", serialize=str)
+
+
+if __name__ == "__main__":
+    main()

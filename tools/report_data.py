@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run left on disk, read for the report; nothing is computed that was not written."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+_NOT_RUNS = {"previews", "evaluation", "checkpoints", "models", "mlruns"}
+_DEPTH = 3
+_SAMPLE_SETTINGS = ("guidance_scale", "num_inference_steps", "negative_prompt", "scheduler")
+_SAMPLE_ORIGIN = ("weights_sha256", "monai_version", "torch_version")
+EXPECTED = (
+    "manifest.json, metrics.csv, previews/, evaluation/summary.json or pictures with prompts (PNG and JSON pairs)"
+)
+
+
+@dataclass
+class Sample:
+    """A generated picture and the JSON beside it: prompt, what varies (`settings`), what made it (`origin`)."""
+
+    path: Path
+    prompt: str
+    seed: Any
+    settings: dict[str, Any]
+    origin: dict[str, Any]
+
+
+@dataclass
+class Run:
+    """One run folder. Empty containers and None mean: the run did not write it.
+
+    Attributes:
+        curves: quantity -> phase ("train", "validation") -> points (epoch, value), finite ones only.
+        not_finite: how many values of `metrics.csv` were NaN or infinite.
+        previews: name of the preview -> (epoch, picture), by epoch.
+        evaluation: rows `name, value, ci_low, ci_high, n, note` as written.
+        per_image: column of `per_image.csv` -> its finite numbers.
+    """
+
+    folder: Path
+    name: str
+    manifest: dict[str, Any] | None = None
+    config: Any = None
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = field(default_factory=dict)
+    not_finite: int = 0
+    times: list[datetime] = field(default_factory=list)
+    epochs: int = 0
+    previews: dict[str, list[tuple[int, Path]]] = field(default_factory=dict)
+    evaluation: list[dict[str, Any]] | None = None
+    evaluation_pictures: list[Path] = field(default_factory=list)
+    per_image: dict[str, list[float]] = field(default_factory=dict)
+    samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def recorded_start(self) -> datetime | None:
+        """When the run began: the earliest time in the manifest (rewritten on resuming) and the curves."""
+        known = list(self.times)
+        if self.manifest and isinstance(self.manifest.get("started"), str):
+            known.append(_time(self.manifest["started"], self.folder / "manifest.json"))
+        return min(known, default=None)
+
+    @property
+    def order(self) -> datetime:
+        """What the sections are sorted by: the recorded start, else the date of the folder."""
+        return self.recorded_start or datetime.fromtimestamp(self.folder.stat().st_mtime, timezone.utc)
+
+    @property
+    def is_training(self) -> bool:
+        """Whether curves and previews are to be expected."""
+        return bool(self.curves or self.previews) or not (self.samples or self.evaluation is not None)
+
+
+def find_runs(folder: str | Path) -> list[Run]:
+    """Read the run folder, or every run in its subfolders, by start time.
+
+    Raises:
+        FileNotFoundError: the folder does not exist or holds nothing that a run writes.
+        ValueError: a file of a run is damaged; the message starts with its path.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: expected a run folder, found no such folder")
+    runs = []
+    for candidate in _folders(folder, _DEPTH):
+        run = _read_run(candidate, folder)
+        if run is not None:
+            runs.append(run)
+    if not runs:
+        raise FileNotFoundError(
+            f"{folder}: expected a run folder or a folder of run folders with {EXPECTED}; found none"
+        )
+    return sorted(runs, key=lambda run: run.order)
+
+
+def _folders(folder: Path, depth: int) -> Iterator[Path]:
+    yield folder
+    if depth > 0:
+        for child in sorted(folder.iterdir()):
+            if child.is_dir() and child.name not in _NOT_RUNS and not child.name.startswith("."):
+                yield from _folders(child, depth - 1)
+
+
+def _read_run(folder: Path, root: Path) -> Run | None:
+    name = " / ".join(folder.relative_to(root).parts) or folder.resolve().name
+    run = Run(folder=folder, name=name)
+    run.manifest = _json(folder / "manifest.json", dict)
+    _read_metrics(run, folder / "metrics.csv")
+    for path in sorted((folder / "previews").glob("epoch_*_*.png")):
+        match = re.fullmatch(r"epoch_(\d+)_(.+)", path.stem)
+        if match:
+            run.previews.setdefault(match[2], []).append((int(match[1]), path))
+    run.evaluation = _evaluation(folder / "evaluation" / "summary.json")
+    run.evaluation_pictures = sorted((folder / "evaluation").glob("*.png"))
+    _read_per_image(run, folder / "evaluation" / "per_image.csv")
+    run.samples = list(_samples(folder))
+    found = run.manifest or run.curves or run.previews or run.evaluation is not None or run.samples
+    if not (found or run.evaluation_pictures):
+        return None
+    run.config = _json(folder / "config.json", (dict, list))
+    return run
+
+
+def _json(path: Path, kind: type | tuple[type, ...]) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got a file that does not parse ({error})") from error
+    if not isinstance(content, kind):
+        raise ValueError(
+            f"{path}: expected a JSON {'list' if kind is list else 'object'}, got {type(content).__name__}"
+        )
+    return content
+
+
+def _time(text: str, path: Path) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a date and time as in 2026-01-31T12:00:00+00:00, got {text!r}") from error
+    return moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+
+
+def _read_metrics(run: Run, path: Path) -> None:
+    if not path.is_file():
+        return
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if rows and rows[-1].get("value") in (None, ""):
+        rows.pop()  # the run was stopped while it wrote this row
+    collected: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for number, row in enumerate(rows, start=2):
+        try:
+            epoch, value = int(row["epoch"]), float(row["value"])
+            phase, name = row["phase"], row["name"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: expected time,epoch,iteration,phase,name,value in line {number}, got {list(row.values())}"
+            ) from error
+        if row.get("time"):
+            run.times.append(_time(row["time"], path))
+        run.epochs = max(run.epochs, epoch)
+        if math.isfinite(value):
+            collected[name, phase][epoch].append(value)
+        else:
+            run.not_finite += 1
+    for (name, phase), epochs in collected.items():
+        # Several rows of one epoch are spread over it: row k of K stands at epoch - 1 + k / K.
+        points = [
+            (epoch - 1 + (index + 1) / len(values), value)
+            for epoch, values in sorted(epochs.items())
+            for index, value in enumerate(values)
+        ]
+        run.curves.setdefault(name, {})[phase] = points
+
+
+def _evaluation(path: Path) -> list[dict[str, Any]] | None:
+    rows = _json(path, list)
+    for index, row in enumerate(rows or []):
+        if not isinstance(row, dict) or "name" not in row or "value" not in row or "n" not in row:
+            raise ValueError(f"{path}: expected name, value and n in entry {index}, got {row!r}")
+    return rows
+
+
+def _read_per_image(run: Run, path: Path) -> None:
+    if not path.is_file():
+        return
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            for column, text in row.items():
+                try:
+                    value = float(text)
+                except (TypeError, ValueError):
+                    continue  # names of files and classes
+                if column and math.isfinite(value):
+                    run.per_image.setdefault(column, []).append(value)
+
+
+def _samples(folder: Path) -> Iterator[Sample]:
+    for sidecar in sorted(folder.glob("*.json")):
+        picture = sidecar.with_suffix(".png")
+        if not picture.is_file():
+            continue
+        content = _json(sidecar, dict)
+        if "prompt" not in content:
+            continue
+        settings = {key: content[key] for key in _SAMPLE_SETTINGS if content.get(key) not in (None, "")}
+        origin = {key: content[key] for key in _SAMPLE_ORIGIN if content.get(key) is not None}
+        yield Sample(picture, str(content["prompt"] or ""), content.get("seed"), settings, origin)

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the report shows of one run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tools.report_chart import SMOOTH_FROM, WINDOW, Series, line_chart
+from tools.report_data import Run, Sample
+from tools.report_html import Element, element, figure, missing, number, table, words
+
+_MAX_PREVIEWS, _MAX_PROMPTS, _MAX_SEEDS = 6, 16, 8
+_SAMPLE_PIXELS = 512
+_FAILURE_WORDS = ("failure", "worst")
+_SETTING_WORDS = {"guidance_scale": "guidance", "num_inference_steps": "steps", "negative_prompt": "negative prompt"}
+_LAST_CURVES = ("learning_rate", "gradient_norm")
+
+
+def section_of(run: Run, *, anchor: str) -> Element:
+    """Everything one run left, in the order in which it was made, and what is missing."""
+    section = element("section", element("h2", title_of(run)), id=anchor)
+    section.extend(_made_by(run))
+    section.extend(_curves(run))
+    section.extend(_previews(run))
+    if run.evaluation is not None or run.evaluation_pictures:
+        section.extend(_evaluation(run))
+    if run.samples:
+        section.extend(_prompts(run.samples))
+    if run.config is not None:
+        text = json.dumps(run.config, indent=2, ensure_ascii=False)
+        section.append(element("details", element("summary", "Configuration"), element("pre", element("code", text))))
+    elif run.is_training:
+        section.append(missing("The configuration was not recorded (no config.json)."))
+    return section
+
+
+def _made_by(run: Run) -> list[Element]:
+    if run.manifest is not None:
+        facts = _facts(run.manifest)
+    elif run.samples:
+        facts = _flat(_common_origin(run.samples))
+    else:
+        facts = {}
+    if not facts:
+        return [missing("What made this was not recorded (no manifest.json).")]
+    pairs = []
+    for name, value in facts.items():
+        if name.endswith("_sha256"):
+            name, value = f"{name.removesuffix('_sha256')}, SHA-256", f"{str(value)[:16]}…" if value else None
+        pairs.append((words(name), "not recorded" if value is None else str(value)))
+    return [element("dl", *[element("div", element("dt", name), element("dd", value)) for name, value in pairs])]
+
+
+def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a reader asks first comes first; None means: not recorded."""
+    facts = {"device": manifest.get("device"), **_flat(manifest.get("settings"))}
+    commit = manifest.get("git_commit")
+    facts["commit"] = f"{commit[:12]}{' with changes' if '+' in commit else ''}" if isinstance(commit, str) else None
+    software = manifest.get("software")
+    versions = software.items() if isinstance(software, dict) else ()
+    facts["software"] = ", ".join(f"{name} {version}" for name, version in versions) or None
+    shown = {"task", "started", "device", "settings", "git_commit", "software"}
+    return facts | _flat({key: value for key, value in manifest.items() if key not in shown})
+
+
+def _common_origin(samples: Sequence[Sample]) -> dict[str, Any]:
+    """What all pictures say made them; a value on which they differ is left out."""
+    first = samples[0].origin
+    return {key: value for key, value in first.items() if all(one.origin.get(key) == value for one in samples)}
+
+
+def _curves(run: Run) -> list[Element]:
+    if not run.curves:
+        return [missing("No curves were recorded (no metrics.csv).")] if run.is_training else []
+    names = sorted(run.curves, key=lambda name: (name in _LAST_CURVES, name != "loss"))
+    charts, constant = [], []
+    for name in names:
+        phases = run.curves[name]
+        values = {value for points in phases.values() for _, value in points}
+        if len(values) == 1 and run.epochs > 1:
+            constant.append(f"{words(name)} was {number(values.pop())} throughout.")
+            continue
+        order = sorted(phases, key=lambda phase: phase != "train")
+        series = [Series(phase, "train" if phase == "train" else "validation", phases[phase]) for phase in order]
+        last = [element("span", f"{s.label} {number(s.points[-1][1])}", class_=f"key {s.style}") for s in series]
+        spoken = f"{words(name)} over epochs; last value: " + ", ".join(
+            f"{s.label} {number(s.points[-1][1])}" for s in series
+        )
+        caption = element("figcaption", element("strong", words(name)), element("span", *last))
+        charts.append(element("figure", caption, line_chart(series, label=spoken), class_="card"))
+    note = "The number beside each name is the last value."
+    if any(len(points) >= SMOOTH_FROM for phases in run.curves.values() for points in phases.values()):
+        note += f" Strong training lines are moving averages over {WINDOW} points, faint ones the values."
+    note = " ".join([note, *constant])
+    parts = [
+        element("h3", "Curves"),
+        element("div", *charts, class_="charts"),
+        element("p", note, class_="quiet small"),
+    ]
+    if run.not_finite:
+        parts.append(missing(f"{run.not_finite} recorded values were not finite (NaN or infinite) and are not drawn."))
+    return parts
+
+
+def _previews(run: Run) -> list[Element]:
+    if not run.previews:
+        return [missing("No previews were saved during training (no previews/).")] if run.is_training else []
+    parts = []
+    for name, pictures in run.previews.items():
+        parts.append(element("h3", f"{words(name)} over epochs"))
+        shown = _spread(pictures, _MAX_PREVIEWS)
+        figures = [
+            figure(path, f"Epoch {epoch}", alt=f"{words(name)} preview after epoch {epoch}") for epoch, path in shown
+        ]
+        parts.append(element("div", figures[-1], class_="pictures wide"))
+        if figures[:-1]:
+            parts.append(element("div", *figures[:-1], class_="pictures"))
+        if len(shown) < len(pictures):
+            parts.append(element("p", f"{len(shown)} of {len(pictures)} previews are shown.", class_="quiet small"))
+    return parts
+
+
+def _evaluation(run: Run) -> list[Element]:
+    parts = [element("h3", "Evaluation")]
+    if run.evaluation is None:
+        parts.append(missing("The evaluation left pictures but no numbers (no evaluation/summary.json)."))
+    else:
+        rows = [
+            element(
+                "tr",
+                element("th", words(str(row["name"])), scope="row"),
+                element("td", _value(row["value"]), class_="num value"),
+                element("td", _interval(row.get("ci_low"), row.get("ci_high")), class_="num"),
+                element("td", _value(row["n"]), class_="num"),
+                element("td", str(row.get("note") or ""), class_="small quiet"),
+            )
+            for row in run.evaluation
+        ]
+        names = ("Measure", "Value", "95 % interval", "n", "Note")
+        parts.append(table(names, rows, numeric={"Value", "95 % interval", "n"}))
+    if run.per_image:
+        rows = []
+        for column, values in run.per_image.items():
+            cells = [str(len(values)), *(number(float(np.quantile(values, q))) for q in (0, 0.25, 0.5, 0.75, 1))]
+            cells_html = [element("td", cell, class_="num") for cell in cells]
+            rows.append(element("tr", element("th", words(column), scope="row"), *cells_html))
+        parts.append(element("h3", "Spread over images"))
+        columns = ("Measure", "n", "Lowest", "25 %", "Median", "75 %", "Highest")
+        parts.append(table(columns, rows, numeric=set(columns[1:])))
+    failures = [path for path in run.evaluation_pictures if any(word in path.stem for word in _FAILURE_WORDS)]
+    grids = [path for path in run.evaluation_pictures if path not in failures]
+    if grids:
+        parts += [element("h3", "Pictures of the evaluation"), _wide(grids)]
+    parts.append(element("h3", "Failure cases"))
+    parts.append(_wide(failures) if failures else missing("No failure cases were saved by the evaluation."))
+    return parts
+
+
+def _prompts(samples: Sequence[Sample]) -> list[Element]:
+    groups: dict[tuple[str, str], list[Sample]] = {}
+    for sample in samples:
+        settings = ", ".join(f"{_SETTING_WORDS.get(key, key)} {value}" for key, value in sample.settings.items())
+        groups.setdefault((sample.prompt, settings), []).append(sample)
+    parts = [element("h3", "Prompts and generated images")]
+    for (prompt, settings), members in list(groups.items())[:_MAX_PROMPTS]:
+        members.sort(key=lambda sample: (str(type(sample.seed)), sample.seed if sample.seed is not None else 0))
+        shown = members[:_MAX_SEEDS]
+        figures = [
+            figure(
+                sample.path,
+                f"seed {sample.seed}" if sample.seed is not None else "seed not recorded",
+                alt=f"Synthetic image for the prompt “{prompt}”, seed {sample.seed}",
+                pixels=_SAMPLE_PIXELS,
+            )
+            for sample in shown
+        ]
+        rest = f"{len(shown)} of {len(members)} images are shown" if len(shown) < len(members) else ""
+        below = "; ".join(text for text in (settings, rest) if text)
+        parts.append(
+            element(
+                "div",
+                element("blockquote", f"“{prompt}”" if prompt else "(empty prompt)"),
+                *([element("p", below, class_="quiet small")] if below else []),
+                element("div", *figures, class_="seeds"),
+                class_="prompt",
+            )
+        )
+    if len(groups) > _MAX_PROMPTS:
+        text = f"{_MAX_PROMPTS} of {len(groups)} prompts are shown."
+        parts.append(element("p", text, class_="quiet small"))
+    return parts
+
+
+def title_of(run: Run) -> str:
+    """The stage from the manifest, else the folder."""
+    task = (run.manifest or {}).get("task")
+    return words(str(task) if task else run.name)
+
+
+def _flat(values: Any) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {}
+    return {key: json.dumps(v, ensure_ascii=False) if isinstance(v, (dict, list)) else v for key, v in values.items()}
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "–"
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def _interval(low: Any, high: Any) -> str:
+    return f"{_value(low)} to {_value(high)}" if low is not None and high is not None else "–"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever reads best."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def _spread(items: list, count: int) -> list:
+    """At most `count` items, evenly spaced, with the first and the last."""
+    if len(items) <= count:
+        return items
+    return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
+
+
+def _wide(paths: Sequence[Path]) -> Element:
+    figures = [figure(path, words(path.stem), alt=f"Picture grid: {words(path.stem)}") for path in paths]
+    return element("div", *figures, class_="pictures wide")
