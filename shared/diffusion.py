@@ -22,8 +22,8 @@ def prediction_target(
     """The tensor that the network must predict under ``scheduler.prediction_type``.
 
     ``epsilon``: the noise; ``sample``: the clean latents; ``v_prediction``: the velocity
-    ``sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) latents`` (arXiv:2202.00512, appendix D). Training and sampling read the
-    same scheduler block, so the two cannot disagree.
+    ``sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) latents`` (arXiv:2202.00512, appendix D). Training and sampling read
+    the same scheduler block, so the two cannot disagree.
 
     Args:
         scheduler: MONAI scheduler that has ``prediction_type``.
@@ -46,5 +46,5 @@ def prediction_target(
 
 
 def sample_posterior(mean: torch.Tensor, log_variance: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Draw from the diagonal Gaussian posterior: ``mean + exp(log_variance / 2) noise`` (arXiv:1312.6114, section 2.4)."""
+    """Draw from a diagonal Gaussian: ``mean + exp(log_variance / 2) noise`` (arXiv:1312.6114, section 2.4)."""
     return mean + torch.exp(0.5 * log_variance) * noise

@@ -24,11 +24,12 @@ class AutoencoderTrainer(SupervisedTrainer):
     clients accept only a ``SupervisedTrainer``.
 
     Generator: ``L = AutoencoderLoss + adversarial_weight * L_adv(D(reconstruction), real)``; discriminator:
-    ``adversarial_weight * (L_adv(D(reconstruction), fake) + L_adv(D(image), real)) / 2``. While the generator steps, the
-    discriminator takes no gradient. Before epoch ``adversarial_start`` the discriminator is neither called nor trained.
+    ``adversarial_weight * (L_adv(D(reconstruction), fake) + L_adv(D(image), real)) / 2``. While the generator steps,
+    the discriminator takes no gradient. Before epoch ``adversarial_start`` the discriminator is neither called nor
+    trained.
 
-    Gradients pass ``IterationEvents.BACKWARD_COMPLETED`` before each of the two steps, with ``engine.stepping`` naming the
-    optimizer, so that one guard handler covers both.
+    Gradients pass ``IterationEvents.BACKWARD_COMPLETED`` before each of the two steps, with ``engine.stepping`` naming
+    the optimizer, so that one guard handler covers both.
 
     Args:
         discriminator: returns the list of its layers' outputs, the decision last; ``None`` trains without one.
@@ -99,7 +100,8 @@ class AutoencoderTrainer(SupervisedTrainer):
         return self.adversarial_loss(decision, target_is_real=True, for_discriminator=False)
 
     def _step_discriminator(self, reconstruction: torch.Tensor, image: torch.Tensor) -> None:
-        assert self.discriminator is not None and self.discriminator_optimizer is not None
+        assert self.discriminator is not None
+        assert self.discriminator_optimizer is not None
         self.discriminator.requires_grad_(True).train()
         self.discriminator_optimizer.zero_grad(set_to_none=True)
         with self._autocast():

@@ -19,6 +19,16 @@ import torch
 TEMPORARY_SUFFIX = ".incomplete"
 
 
+def _read_umask() -> int:
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
+
+
+# Read once: the only way to read the mask is to set it, which would race between threads.
+_UMASK = _read_umask()
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Give a temporary path beside ``path`` and move it there only when the block ends without an error.
@@ -38,9 +48,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         # mkstemp makes private files; the result follows the user's umask like any other file.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(0o666 & ~_UMASK)
         temporary.replace(path)
     except BaseException as error:
         size = temporary.stat().st_size if temporary.exists() else 0

@@ -52,9 +52,7 @@ def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
     return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
 
 
-def guide(
-    unconditional: torch.Tensor, conditional: torch.Tensor, scale: float, rescale: float = 0.0
-) -> torch.Tensor:
+def guide(unconditional: torch.Tensor, conditional: torch.Tensor, scale: float, rescale: float = 0.0) -> torch.Tensor:
     """Classifier-free guidance ``u + scale (c - u)`` (arXiv:2207.12598, equation 6 with ``scale = 1 + w``) in float32.
 
     Args:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import DataLoader, Dataset
-from monai.utils import first
 from torch import nn
 from tqdm import tqdm
 
@@ -27,25 +26,27 @@ class LatentDataset(Dataset):
 
     A frozen encoder gives the same posterior in every epoch, so mean and log-variance are stored and only the draw from
     them is new each time (``shared.prepare_batch``). ``monai.data.PersistentDataset`` does not fit: it stores one file
-    per item after the transforms, where the encoder would run item by item and in every worker; here encoding is batched
-    on the training device and reading is a memory map.
+    per item after the transforms, where the encoder would run item by item and in every worker; here encoding is
+    batched on the training device and reading is a memory map.
 
-    The file's name carries a hash of the autoencoder's weights, the image transforms and the path, size and modification
-    time of every image, so that a change of any of them makes a new cache; one stored item is compared with a fresh
-    encoding before a cache is used.
+    The file's name carries a hash of the autoencoder's weights, the image transforms and the path, size and
+    modification time of every image, so that a change of any of them makes a new cache; one stored item is compared
+    with a fresh encoding before a cache is used.
 
     Args:
         data: items with ``image`` (a path) and whatever ``transform`` needs.
-        transform: applied to the item without its image, e.g. text to ``tokens``.
+        transform: applied to the item, e.g. text to ``tokens``; with a cache it finds ``image`` as a path, by which its
+            errors name the item, and the path is removed afterwards.
         image_transform: deterministic transforms from the item to ``image`` ``(1, H, W)`` in [0, 1].
         autoencoder: frozen, with ``encode(x) -> (mean, sigma)``.
-        cache_dir: folder of the cache; ``None`` leaves ``image`` in the items (random image transforms are then possible,
-            and the encoder runs in every step).
+        cache_dir: folder of the cache; ``None`` leaves ``image`` in the items (random image transforms are then
+            possible, and the encoder runs in every step).
         device: where the encoder runs.
         batch_size: images per encoder call.
         num_workers: processes that load images while the cache is made.
 
-    Items then hold ``latent_mean`` and ``latent_log_variance`` ``(C, h, w)`` float32, ``item_id`` and the transform's keys.
+    Items then hold ``latent_mean`` and ``latent_log_variance`` ``(C, h, w)`` float32, ``item_id`` and the transform's
+    keys.
     """
 
     def __init__(
@@ -64,27 +65,25 @@ class LatentDataset(Dataset):
         self.image_transform = image_transform
         self.cache_path: Path | None = None
         self._posterior: np.ndarray | None = None
+        self._encode = _Encoder(autoencoder, torch.device(device))
         if cache_dir is not None:
             key = _cache_key(data, image_transform, autoencoder)
             self.cache_path = Path(cache_dir) / f"latents_{key}.npy"
             images = Dataset(data=[{"image": item["image"]} for item in data], transform=image_transform)
-            encode = _Encoder(autoencoder, torch.device(device))
-            if _is_main_process() and not _is_usable(self.cache_path, images, encode):
-                _build(self.cache_path, images, encode, batch_size, num_workers)
+            if _is_main_process() and not _is_usable(self.cache_path, images, self._encode):
+                _build(self.cache_path, images, self._encode, batch_size, num_workers)
             _wait_for_main_process()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A memory map is reopened by each worker instead of being copied into it.
-        return {**self.__dict__, "_posterior": None}
+        # Workers reopen the memory map instead of copying it, and encode nothing.
+        return {**self.__dict__, "_posterior": None, "_encode": None}
 
     def posterior(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log-variance ``(C, h, w)`` of one item.
-
-        Raises:
-            ValueError: when the dataset has no cache.
-        """
+        """Mean and log-variance ``(C, h, w)`` of one item, on the CPU; encoded anew where there is no cache."""
         if self.cache_path is None:
-            raise ValueError("cache_dir: expected a folder, got none; latents exist only with a cache.")
+            image = self.image_transform({"image": self.data[index]["image"]})["image"]
+            mean, log_variance = torch.from_numpy(self._encode(image[None])[0])
+            return mean, log_variance
         if self._posterior is None:
             self._posterior = np.load(self.cache_path, mmap_mode="r")
         mean, log_variance = torch.from_numpy(np.array(self._posterior[index]))
@@ -95,18 +94,21 @@ class LatentDataset(Dataset):
         if self.cache_path is None:
             item = self.image_transform(item)
         else:
-            item.pop("image", None)
             item["latent_mean"], item["latent_log_variance"] = self.posterior(index)
         item["item_id"] = str(index)
-        return self.transform(item) if self.transform is not None else item
+        if self.transform is not None:
+            item = self.transform(item)
+        if self.cache_path is not None:
+            item.pop("image", None)
+        return item
 
 
 def measure_scale_factor(dataset: LatentDataset, max_items: int = 4096) -> float:
     """Reciprocal standard deviation of sampled latents over up to ``max_items`` evenly spaced items.
 
-    Scaling by it gives the diffusion model latents of unit variance (arXiv:2112.10752, appendix G), there estimated from
-    the first batch alone. The variance of a draw is the variance of the means plus the mean variance, so no draw is needed
-    and the number does not depend on a seed.
+    Scaling by it gives the diffusion model latents of unit variance (arXiv:2112.10752, appendix G), there estimated
+    from the first batch alone. The variance of a draw is the variance of the means plus the mean variance, so no draw
+    is needed and the number does not depend on a seed.
 
     Raises:
         ValueError: when the standard deviation is zero or not finite.
@@ -131,12 +133,12 @@ def measure_scale_factor(dataset: LatentDataset, max_items: int = 4096) -> float
 class _Encoder:
     """Images ``(B, 1, H, W)`` to posteriors ``(B, 2, C, h, w)`` on the CPU, in float32."""
 
-    def __init__(self, autoencoder: nn.Module, device: torch.device) -> None:
+    def __init__(self, autoencoder: Any, device: torch.device) -> None:
         self.autoencoder, self.device = autoencoder, device
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> np.ndarray:
-        parameter = first(self.autoencoder.parameters())
+        parameter = next(self.autoencoder.parameters())
         mean, sigma = self.autoencoder.encode(torch.as_tensor(images, dtype=parameter.dtype, device=parameter.device))
         return torch.stack((mean.float(), 2.0 * sigma.float().log()), dim=1).cpu().numpy()
 
@@ -144,9 +146,10 @@ class _Encoder:
 def _build(path: Path, images: Dataset, encode: _Encoder, batch_size: int, num_workers: int) -> None:
     was_training = encode.autoencoder.training
     encode.autoencoder.to(encode.device).eval()
-    loader = DataLoader(images, batch_size=batch_size, num_workers=num_workers, shuffle=False)
+    # A generator of its own: whether the cache exists must not change the random numbers of the training.
+    loader = DataLoader(images, batch_size=batch_size, num_workers=num_workers, generator=torch.Generator())
     with atomic_path(path) as temporary:
-        stored: np.ndarray | None = None
+        stored: np.memmap | None = None
         start = 0
         for batch in tqdm(loader, desc="encoding images once", unit="batch", leave=False):
             posterior = encode(batch["image"])
@@ -174,13 +177,14 @@ def _is_usable(path: Path, images: Dataset, encode: _Encoder) -> bool:
         return False
     try:
         stored = np.load(path, mmap_mode="r")
-    except ValueError as error:
+    except (ValueError, EOFError, OSError) as error:
         logger.warning("%s: unreadable latent cache (%s); it is made again", path, error)
         return False
     index = len(images) // 2
     encode.autoencoder.to(encode.device).eval()
     fresh = encode(images[index]["image"][None])[0]
-    if len(stored) != len(images) or not np.allclose(stored[index], fresh, rtol=1e-2, atol=1e-2):
+    shape = (len(images), *fresh.shape)
+    if stored.shape != shape or not np.allclose(stored[index], fresh, rtol=1e-2, atol=1e-2):
         logger.warning("%s: the stored latents differ from fresh ones; the cache is made again", path)
         return False
     return True
@@ -197,7 +201,7 @@ def _cache_key(data: Sequence[Mapping[str, Any]], image_transform: Callable, aut
 
 
 def _describe(component: Any, depth: int = 4) -> Any:
-    """Class names and plain attributes of nested transforms: equal settings give equal descriptions in every process."""
+    """Class names and plain attributes of nested transforms: equal settings, equal descriptions."""
     if isinstance(component, (str, int, float, bool, type(None))):
         return component
     if isinstance(component, Mapping):

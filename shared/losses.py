@@ -12,8 +12,8 @@ from torch import nn
 def kl_divergence(mean: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """Kullback-Leibler divergence of ``N(mean, sigma^2)`` from ``N(0, 1)``, summed per sample, averaged over the batch.
 
-    ``0.5 sum(mean^2 + sigma^2 - log sigma^2 - 1)`` (arXiv:1312.6114, appendix B), in float32 whatever the input: the sum
-    over all latent elements overflows half precision.
+    ``0.5 sum(mean^2 + sigma^2 - log sigma^2 - 1)`` (arXiv:1312.6114, appendix B), in float32 whatever the input: the
+    sum over all latent elements overflows half precision.
 
     Args:
         mean: posterior mean ``(B, C, *spatial)``.

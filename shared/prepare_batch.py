@@ -17,7 +17,7 @@ from shared.diffusion import prediction_target, sample_posterior
 class ImageAsTarget(PrepareBatch):
     """Hand the image over as input and target: autoencoders learn to return what they were given."""
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self, batchdata: Mapping[str, Any], device: torch.device, non_blocking: bool = False, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         image = batchdata["image"].to(device, non_blocking=non_blocking)
@@ -53,10 +53,10 @@ class TextLatentDiffusionBatch(PrepareBatch):
         self.text_encoder = text_encoder
         self.seed = seed
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self, batchdata: Mapping[str, Any], device: torch.device, non_blocking: bool = False, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor, tuple, dict[str, torch.Tensor]]:
-        """Returns noisy latents ``(B, C, h, w)``, target of that shape, ``()``, and timesteps with tokens or context."""
+        """Returns noisy latents ``(B, C, h, w)``, the target, ``()``, and timesteps ``(B,)`` with tokens or context."""
         tokens = batchdata["tokens"].to(device, non_blocking=non_blocking)
         mean, log_variance = self._posterior(batchdata, device, non_blocking)
         posterior_noise, noise, timesteps = self._draw(mean, batchdata)
@@ -96,3 +96,25 @@ class TextLatentDiffusionBatch(PrepareBatch):
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         posterior_noise, noise = torch.randn((2, *shape), generator=generator)
         return posterior_noise, noise, torch.randint(0, steps, (), generator=generator)
+
+
+class PromptBatch(PrepareBatch):
+    """Token ids of reports to what a sampler takes: prompt and null prompt, and a seed of its own for every item.
+
+    Args:
+        tokenizer: texts to ids ``(B, L)``; gives the null prompt, so that it is the one of training.
+        seed: item ``i`` is drawn with seed ``seed + i``.
+    """
+
+    def __init__(self, tokenizer: Callable[[list[str]], torch.Tensor], *, seed: int = 0) -> None:
+        self.null_tokens = tokenizer([""])
+        self.seed = seed
+
+    def __call__(  # type: ignore[override]
+        self, batchdata: Mapping[str, Any], device: torch.device, non_blocking: bool = False, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple, dict[str, list[int]]]:
+        """Returns ids ``(B, 2, L)``, real images ``(B, 1, H, W)``, ``()`` and the seeds."""
+        tokens = batchdata["tokens"]
+        pairs = torch.stack((tokens, self.null_tokens.expand_as(tokens)), dim=1)
+        seeds = [self.seed + int(item_id) for item_id in batchdata["item_id"]]
+        return pairs.to(device, non_blocking=non_blocking), batchdata["image"].to(device), (), {"seeds": seeds}

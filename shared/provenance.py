@@ -29,10 +29,12 @@ def software_versions() -> dict[str, str]:
 
 
 def git_commit(folder: str | Path = ".") -> str | None:
-    """Commit of the checkout that holds ``folder``, with ``+changes`` when files differ; ``None`` outside a checkout."""
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty=+changes", "--abbrev=40", "--match", ""]
+    """Commit of the checkout that holds ``folder``, ending in ``+changes`` when files differ; ``None`` elsewhere."""
+    describe = ["describe", "--always", "--dirty=+changes", "--abbrev=40", "--match", ""]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(folder), *describe], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from monai.inferers import Inferer
-from torch import nn
 
 
 class PosteriorMeanReconstruction(Inferer):
@@ -16,6 +15,6 @@ class PosteriorMeanReconstruction(Inferer):
     ``SimpleInferer`` would return ``AutoencoderKL``'s triple, decoded from a random draw.
     """
 
-    def __call__(self, inputs: torch.Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         mean, _ = network.encode(inputs)
         return network.decode(mean)

@@ -22,8 +22,8 @@ def load_weights(network: nn.Module, path: str | Path, remedy: str = "") -> nn.M
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when the file is damaged, holds pickled objects, or belongs to another configuration; the message names
-            the file and the first key that does not fit.
+        ValueError: when the file is damaged, holds pickled objects, or belongs to another configuration; the message
+            names the file and the first key that does not fit.
     """
     path = Path(path)
     if not path.is_file():
@@ -33,15 +33,15 @@ def load_weights(network: nn.Module, path: str | Path, remedy: str = "") -> nn.M
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{path}: expected a state dict of plain tensors, but the file does not load ({reason}); it is damaged or made "
-            "by another program: fetch it again or convert it with `python -m tools.convert_checkpoint`."
+            f"{path}: expected a state dict of plain tensors, but the file does not load ({reason}); it is damaged or "
+            "made by another program: fetch it again or convert it with `python -m tools.convert_checkpoint`."
         ) from error
     state = content["model"] if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping) else content
     problem = _first_mismatch(network.state_dict(), state)
     if problem:
         raise ValueError(
-            f"{path}: expected the weights of this configuration, got others ({problem}); give the configuration they were "
-            "made with (shipped demo weights need configs/tiny.json as the last file) or another --ckpt_dir."
+            f"{path}: expected the weights of this configuration, got others ({problem}); give the configuration they "
+            "were made with (shipped demo weights need configs/tiny.json as the last file) or another --ckpt_dir."
         )
     network.load_state_dict(state, strict=True)
     return network

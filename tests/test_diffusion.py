@@ -30,7 +30,7 @@ def test_target_and_noisy_latents_determine_the_clean_ones(prediction_type):
 def test_unknown_prediction_type_is_named():
     scheduler = DDPMScheduler(10, **SCHEDULE)
     scheduler.prediction_type = "score"
-    with pytest.raises(ValueError, match=r"prediction_type: expected one of epsilon, sample, v_prediction, got 'score'"):
+    with pytest.raises(ValueError, match=r"prediction_type: expected one of .*v_prediction, got 'score'"):
         prediction_target(scheduler, torch.zeros(1), torch.zeros(1), torch.zeros(1, dtype=torch.long))
 
 

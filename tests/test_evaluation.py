@@ -201,9 +201,7 @@ def test_pictures_hold_the_right_images(tmp_path: Path) -> None:
     np.testing.assert_allclose(cell("failures", 2, 0), real, atol=1 / 255)
     np.testing.assert_allclose(cell("failures", 3, 0), sample, atol=1 / 255)
     worst = min(_per_image(tmp_path), key=lambda row: float(row["reconstruction_ms_ssim"]))["row"]
-    np.testing.assert_allclose(
-        cell("failures", 0, 0), _picture(NAMES[int(worst) % 3], int(worst))[0], atol=1 / 255
-    )
+    np.testing.assert_allclose(cell("failures", 0, 0), _picture(NAMES[int(worst) % 3], int(worst))[0], atol=1 / 255)
 
 
 def test_a_second_run_replaces_the_first(tmp_path: Path) -> None:

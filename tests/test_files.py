@@ -15,9 +15,14 @@ from shared.files import atomic_path, remove_incomplete, save_tensors, sha256_of
 def test_failed_write_keeps_the_previous_file(tmp_path):
     path = tmp_path / "model.pt"
     path.write_text("good")
-    with pytest.raises(RuntimeError, match="stop"), atomic_path(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError("stop")
+
+    def fail():
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
     assert path.read_text() == "good"
     assert os.listdir(tmp_path) == ["model.pt"]
 

@@ -104,7 +104,9 @@ def test_newest_loadable_checkpoint_is_used(tmp_path, caplog):
 
 def test_other_settings_are_refused_by_name(tmp_path):
     run_with_checkpoints(tmp_path, 0, settings={"batch_size": 2, "seed": 7})
-    with pytest.raises(ValueError, match=r"checkpoint_epoch=3\.pt: made with other settings \(batch_size: 2 there, 4 here\)"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint_epoch=3\.pt: made with other settings \(batch_size: 2 there, 4 here\)"
+    ):
         run_with_checkpoints(tmp_path, 0, settings={"batch_size": 4, "seed": 7})
     run_with_checkpoints(tmp_path, 0, settings={"batch_size": 4, "seed": 7}, force=True)
 
@@ -114,7 +116,9 @@ def test_checkpoint_of_another_network_is_named(tmp_path):
     network = nn.Linear(2, 3)
     trainer, optimizer, _ = make_trainer([], network)
     ResumableCheckpoint(tmp_path, {"network": network, "optimizer": optimizer}).attach(trainer)
-    with pytest.raises(ValueError, match=r"checkpoint_epoch=3\.pt: expected a checkpoint of this configuration.*'network'"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint_epoch=3\.pt: expected a checkpoint of this configuration.*'network'"
+    ):
         trainer.run()
 
 
@@ -186,7 +190,7 @@ def test_guard_clips_the_total_norm():
 
 
 def test_guard_clips_only_when_accumulated_gradients_are_used():
-    """Accumulating two batches of 2 with clipping off equals one mean over both: the guard must not touch the first half."""
+    """The first half of an accumulated gradient must reach the sum as it is."""
     network = linear()
     trainer, _, _ = make_trainer([GradientGuard(max_norm=1e-3)], network, epochs=1, accumulation_steps=2)
     norms = {}

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
-import fire
+from tools import command_line
 
 BUNDLES = Path(__file__).resolve().parent.parent / "bundles"
 
@@ -34,8 +36,8 @@ def demo(bundle: str = "cxr_ldm", out: str = "demo", n: int = 200, threads: int 
 
     Args:
         bundle: which bundle; only ``cxr_ldm`` so far.
-        out: folder for everything the demo writes. The sentences to draw are in ``OUT/prompts.txt``, one a line: edit them
-            and run again; finished steps are not repeated.
+        out: folder for everything the demo writes. The sentences to draw are in ``OUT/prompts.txt``, one a line: edit
+            them and run again; finished steps are not repeated.
         n: number of phantom films.
         threads: CPU threads, 0 for all cores.
     """
@@ -53,32 +55,53 @@ def demo(bundle: str = "cxr_ldm", out: str = "demo", n: int = 200, threads: int 
 
     started = time.monotonic()
     if not (data / "datalist.json").exists():
-        _step("sample data", [sys.executable, "-m", "tools.phantoms", bundle, f"--out={data}", f"--n={n}"], root, environment)
+        _step(
+            "sample data",
+            [sys.executable, "-m", "tools.phantoms", bundle, f"--out={data}", f"--n={n}"],
+            root,
+            environment,
+        )
     stages = {
-        "train_autoencoder": {"output_dir": root / "autoencoder", "max_epochs": 8, "learning_rate": 1e-3, "batch_size": 8},
-        "train": {
-            "output_dir": root / "diffusion",
-            "latent_cache_dir": root / "latents",
-            "max_epochs": 16,
-            "learning_rate": 1e-3,
-            "batch_size": 8,
-            "preview_interval": 16,
-        },
+        "train_autoencoder": {"output_dir": root / "autoencoder", "max_epochs": 20},
+        "train": {"output_dir": root / "diffusion", "latent_cache_dir": root / "latents", "max_epochs": 40},
     }
     for config, options in stages.items():
         shared = {"dataset_dir": data, "ckpt_dir": weights, "tracking_uri": f"sqlite:///{root}/mlflow.db"}
-        _step(f"short training: {config}", _bundle_command("training", [config], {**shared, **options}), folder, environment)
-    samples = {"prompt": prompts, "num_samples": 4, "guidance_scale": 3, "batch_size": 14, "output_dir": root / "samples"}
+        _step(
+            f"short training: {config}",
+            _bundle_command("training", [config], {**shared, **options}),
+            folder,
+            environment,
+        )
+    # Sampled anew each time: the sentences may have been edited.
+    shutil.rmtree(root / "samples", ignore_errors=True)
+    samples = {
+        "prompt": prompts,
+        "num_samples": 4,
+        "guidance_scale": 3,
+        "batch_size": 14,
+        "output_dir": root / "samples",
+    }
     _step("samples of the shipped weights", _bundle_command("run", ["inference"], samples), folder, environment)
     evaluation = {"dataset_dir": data, "output_dir": root / "evaluation", "latent_cache_dir": root / "latents"}
-    _step("evaluation of the shipped weights", _bundle_command("run", ["train", "evaluate"], evaluation), folder, environment)
+    _step(
+        "evaluation of the shipped weights",
+        _bundle_command("run", ["train", "evaluate"], evaluation),
+        folder,
+        environment,
+    )
     page = root / "report.html"
     title = "Text to chest X-ray: demo on phantoms"
-    _step("report", [sys.executable, "-m", "tools.report", str(root), f"--out={page}", f"--title={title}"], root, environment)
+    _step(
+        "report",
+        [sys.executable, "-m", "tools.report", str(root), f"--out={page}", f"--title={title}"],
+        root,
+        environment,
+    )
     print(f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. Open {page}")
 
 
-def _bundle_command(run_id: str, configs: list[str], options: dict[str, object]) -> list[str]:
+def _bundle_command(run_id: str, configs: list[str], options: Mapping[str, object]) -> list[str]:
     files = ",".join(f"'configs/{name}.json'" for name in [*configs, "tiny"])
     arguments = [f"--{name}={value}" for name, value in options.items()]
     return [sys.executable, "-m", "monai.bundle", "run", run_id, f"--config_file=[{files}]", *arguments]
@@ -90,9 +113,11 @@ def _step(title: str, command: list[str], folder: Path, environment: dict[str, s
     started = time.monotonic()
     result = subprocess.run(command, cwd=folder, env=environment)
     if result.returncode != 0:
-        raise SystemExit(f"{title}: the command above ended with exit code {result.returncode}; its last line says why.")
+        raise SystemExit(
+            f"{title}: the command above ended with exit code {result.returncode}; its last line says why."
+        )
     print(f"=== {title}: {time.monotonic() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
-    fire.Fire(demo)
+    command_line.run(demo, name="demo")

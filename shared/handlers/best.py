@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 class SaveBest:
     """Write a network's state dict whenever a validation metric improves, with a JSON description beside it.
 
-    ``monai.handlers.CheckpointSaver(save_key_metric=True)`` does not fit: it writes in place, forgets the best value when
-    a run is resumed, and would take NaN for a value. The file holds plain tensors (``weights_only=True, strict=True``
-    loads it); the JSON holds its SHA-256, epoch, metric and versions. Attach to the evaluator.
+    ``monai.handlers.CheckpointSaver(save_key_metric=True)`` does not fit: it writes in place, forgets the best value
+    when a run is resumed, and would take NaN for a value. The file holds plain tensors (``weights_only=True,
+    strict=True`` loads it); the JSON holds its SHA-256, epoch, metric and versions. Attach to the evaluator.
 
     Args:
         path: file to write, e.g. ``models/model.pt``.
@@ -62,7 +62,9 @@ class SaveBest:
     def _compare(self, engine: Any) -> None:
         value = float(engine.state.metrics[self.metric])
         if not math.isfinite(value):
-            logger.warning("%s is %s in epoch %d: the best weights stay as they are", self.metric, value, engine.state.epoch)
+            logger.warning(
+                "%s is %s in epoch %d: the best weights stay as they are", self.metric, value, engine.state.epoch
+            )
             return
         sign = 1.0 if self.lower_is_better else -1.0
         if self.best is not None and sign * value >= sign * self.best:
@@ -73,9 +75,13 @@ class SaveBest:
 
     def _write(self, value: float, epoch: int) -> None:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()}
-        broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+        broken = [
+            name for name, tensor in state.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+        ]
         if broken:
-            raise ValueError(f"{self.path}: expected finite weights, got NaN or infinity in {broken[0]}; nothing was written.")
+            raise ValueError(
+                f"{self.path}: expected finite weights, got NaN or infinity in {broken[0]}; nothing was written."
+            )
         save_tensors(state, self.path)
         description = {
             "sha256": sha256_of_file(self.path),

@@ -25,8 +25,8 @@ class ResumableCheckpoint:
     """Save the whole state of a training after each epoch, and go on from the newest loadable file.
 
     ``monai.handlers.CheckpointSaver`` writes in place, so that a kill leaves a broken file; ignite's ``Checkpoint`` is
-    atomic, but neither picks the newest file that loads, nor compares settings, nor keeps the epoch limit of the new run.
-    Random states are not stored: :class:`shared.handlers.seeding.EpochSeeds` derives them from seed and epoch.
+    atomic, but neither picks the newest file that loads, nor compares settings, nor keeps the epoch limit of the new
+    run. Random states are not stored: :class:`shared.handlers.seeding.EpochSeeds` derives them from seed and epoch.
 
     Args:
         save_dir: folder of the checkpoints.
@@ -74,7 +74,9 @@ class ResumableCheckpoint:
         self._check_settings(content, path)
         for name, part in self.state.items():
             if name not in content:
-                raise KeyError(f"{path}: expected an entry {name!r}, got {sorted(content)}; start anew (--resume never).")
+                raise KeyError(
+                    f"{path}: expected an entry {name!r}, got {sorted(content)}; start anew (--resume never)."
+                )
             self._load(_unwrap(part), content[name], name, path)
         engine.state.iteration = content["engine"]["iteration"]
         engine.state.epoch = content["engine"]["epoch"]
@@ -88,17 +90,17 @@ class ResumableCheckpoint:
 
     def _read(self) -> tuple[dict[str, Any] | None, Path | None]:
         if self.resume != "auto":
-            path = Path(self.resume)
-            if not path.is_file():
+            chosen = Path(self.resume)
+            if not chosen.is_file():
                 raise FileNotFoundError(
-                    f"{path}: expected a checkpoint named by --resume, found no file; give its path, auto or never."
+                    f"{chosen}: expected a checkpoint named by --resume, found no file; give its path, auto or never."
                 )
-            return torch.load(path, map_location="cpu", weights_only=True), path
-        for path in reversed(checkpoints_in(self.save_dir)):
+            return torch.load(chosen, map_location="cpu", weights_only=True), chosen
+        for candidate in reversed(checkpoints_in(self.save_dir)):
             try:
-                return torch.load(path, map_location="cpu", weights_only=True), path
+                return torch.load(candidate, map_location="cpu", weights_only=True), candidate
             except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-                logger.warning("%s: does not load (%s); trying the one before", path, error)
+                logger.warning("%s: does not load (%s); trying the one before", candidate, error)
         return None, None
 
     def _check_settings(self, content: Mapping[str, Any], path: Path) -> None:
@@ -107,7 +109,9 @@ class ResumableCheckpoint:
         differing = [name for name in names if saved.get(name) != self.settings.get(name)]
         if not differing:
             return
-        details = ", ".join(f"{name}: {saved.get(name)!r} there, {self.settings.get(name)!r} here" for name in differing)
+        details = ", ".join(
+            f"{name}: {saved.get(name)!r} there, {self.settings.get(name)!r} here" for name in differing
+        )
         message = f"{path}: made with other settings ({details})"
         if not self.force:
             raise ValueError(
@@ -141,7 +145,9 @@ class ResumableCheckpoint:
 
 def checkpoints_in(folder: str | Path) -> list[Path]:
     """Checkpoints of a folder, oldest epoch first."""
-    found = ((match, path) for path in Path(folder).glob("checkpoint_epoch=*.pt") if (match := _PATTERN.match(path.name)))
+    found = (
+        (match, path) for path in Path(folder).glob("checkpoint_epoch=*.pt") if (match := _PATTERN.match(path.name))
+    )
     return [path for _, path in sorted((int(match[1]), path) for match, path in found)]
 
 

@@ -19,7 +19,8 @@ class TrainedWeightsAverage(EMAHandler):
     decay after ``n`` steps is ``min(decay, (1 + n) / (10 + n))``: early averages forget the random start.
 
     Args:
-        model: network whose copy ``ema_model`` holds the average; made at construction, so load pretrained weights first.
+        model: network whose copy ``ema_model`` holds the average; made at construction, so load pretrained weights
+            first.
         decay: limit of the decay, e.g. 0.9999.
     """
 
@@ -29,7 +30,7 @@ class TrainedWeightsAverage(EMAHandler):
         # A copy for validation and release: it takes no gradient, whatever the original does.
         self.ema_model.requires_grad_(False)
 
-    def attach(self, engine: Engine, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def attach(self, engine: Engine, *args: Any, **kwargs: Any) -> None:
         engine.add_event_handler(Events.STARTED, self._copy_frozen)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._update)
 

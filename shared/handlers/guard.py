@@ -64,7 +64,9 @@ class GradientGuard:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         limit = self.max_norm if self.max_norm is not None and _steps_now(engine) else float("inf")
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        engine.state.gradient_norm = norm
+        if optimizer is engine.optimizer:
+            # The curve shows the network's norm, not that of a discriminator which steps after it.
+            engine.state.gradient_norm = norm
         loss = torch.as_tensor(engine.state.output["loss"])
         # One number crosses from the device to the host: the sum is finite only if both are.
         if bool(torch.isfinite(norm + loss.detach().float().sum())):
@@ -78,9 +80,9 @@ class GradientGuard:
         terms = {name: float(value.detach()) for name, value in getattr(engine.state, "losses", {}).items()}
         files = ", ".join(batch_files(engine.state.batch)) or "unknown files"
         message = (
-            f"{files}: expected a finite loss and gradient, got loss {loss} (terms {terms}) and gradient norm {norm} in "
-            f"epoch {engine.state.epoch}, iteration {engine.state.iteration}; the weights are unchanged. Check these "
-            "files with `python -m tools.check_data`, lower learning_rate, or set the guard's policy to skip."
+            f"{files}: expected a finite loss and gradient, got loss {loss} (terms {terms}) and gradient "
+            f"norm {norm} in epoch {engine.state.epoch}, iteration {engine.state.iteration}; the weights are unchanged. "
+            "Check these files with `python -m tools.check_data`, lower learning_rate, or set the guard's policy to skip."
         )
         self._skipped += 1
         if self.policy == NonFinitePolicy.STOP or self._skipped > self.max_skips:

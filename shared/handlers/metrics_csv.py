@@ -4,22 +4,25 @@
 from __future__ import annotations
 
 import csv
+import logging
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from ignite.engine import Engine, Events
 
+logger = logging.getLogger(__name__)
+
 COLUMNS = ("time", "epoch", "iteration", "phase", "name", "value")
 
 
 class MetricsCsv:
-    """Append losses and metrics to ``metrics.csv`` in long form, one value a row.
+    """Append losses and metrics to ``metrics.csv`` in long form, one value a row, and log them in one line.
 
     ``monai.handlers.MetricsSaver`` does not fit: it overwrites its files at the end of every run and records no losses.
-    For a trainer: the mean over each epoch of ``loss`` and of the terms in ``engine.state.losses``, the last gradient norm
-    and learning rate. For an evaluator: ``engine.state.metrics``. Rows beyond the epoch from which a run resumes are
-    removed, so that the file never holds an epoch twice.
+    For a trainer: the mean over each epoch of ``loss`` and of the terms in ``engine.state.losses``, the last gradient
+    norm and learning rate. For an evaluator: ``engine.state.metrics``. Rows beyond the epoch from which a run resumes
+    are removed, so that the file never holds an epoch twice.
 
     Args:
         path: file to append to.
@@ -90,6 +93,9 @@ class MetricsCsv:
             for name, value in values.items():
                 iteration = engine.state.iteration if self.phase == "train" else ""
                 writer.writerow((now, engine.state.epoch, iteration, self.phase, name, repr(value)))
+        logger.info(
+            "epoch %d, %s: %s", engine.state.epoch, self.phase, ", ".join(f"{k} {v:.4g}" for k, v in values.items())
+        )
         if self.tracker is not None:
             prefixed = {f"{self.phase}_{name}": value for name, value in values.items()}
             self.tracker.log_values(engine, prefixed, engine.state.epoch)

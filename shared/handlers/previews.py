@@ -20,8 +20,8 @@ from shared.files import atomic_path
 class PreviewGrid:
     """Save a PNG grid every few epochs and hand it to the experiment tracker.
 
-    ``monai.handlers.TensorBoardImageHandler`` does not fit: it shows what passed through the engine, while a preview shows
-    the same few samples every time. The random state is left as it was.
+    ``monai.handlers.TensorBoardImageHandler`` does not fit: it shows what passed through the engine, while a preview
+    shows the same few samples every time. The random state is left as it was.
 
     Args:
         render: returns images ``(N, 1, H, W)`` in [0, 1].
@@ -75,7 +75,7 @@ class ReconstructionPreview:
     """
 
     def __init__(
-        self, autoencoder: nn.Module, dataset: Any, *, columns: int = 8, n: int = 8, device: torch.device | str = "cpu"
+        self, autoencoder: Any, dataset: Any, *, columns: int = 8, n: int = 8, device: torch.device | str = "cpu"
     ) -> None:
         self.autoencoder, self.dataset, self.columns, self.n, self.device = autoencoder, dataset, columns, n, device
 

@@ -17,8 +17,8 @@ logger = logging.getLogger(__name__)
 class MeasureScaleFactor:
     """Set ``model.scale_factor`` from the training latents when a training starts.
 
-    Place it before the checkpoint handler: a resumed run keeps the value of its checkpoint. In distributed runs every rank
-    uses the value of rank 0.
+    Place it before the checkpoint handler: a resumed run keeps the value of its checkpoint. In distributed runs every
+    rank uses the value of rank 0.
 
     Args:
         model: network with a 0-dimensional buffer ``scale_factor``.

@@ -15,8 +15,8 @@ from monai.utils import set_determinism
 class EpochSeeds:
     """Seed Python, NumPy, torch and the datasets' random transforms at the start of every epoch.
 
-    A checkpoint then needs no random state: weights, optimizer and epoch number determine everything that follows. MONAI
-    seeds a data loader's transforms once at construction, so a resumed run would replay the first epoch's draws.
+    A checkpoint then needs no random state: weights, optimizer and epoch number determine everything that follows.
+    MONAI seeds a data loader's transforms once at construction, so a resumed run would replay the first epoch's draws.
 
     Args:
         seed: seed of the run.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from ignite.engine import Engine
 class ExperimentTracker:
     """Parameters, curves and pictures of a run in MLflow while it runs, or nothing when ``tracking_uri`` is ``None``.
 
-    A thin holder of ``monai.handlers.MLFlowHandler``, which opens the run, records parameters and continues an unfinished
-    run of the same name; its own curves do not fit, since they cannot show epoch means of several loss terms. MLflow is
-    imported only when it is used.
+    A thin holder of ``monai.handlers.MLFlowHandler``, which opens the run, records parameters and continues an
+    unfinished run of the same name; its own curves do not fit, since they cannot show epoch means of several loss
+    terms. MLflow is imported only when it is used.
 
     Args:
         tracking_uri: e.g. ``sqlite:////data/runs/mlflow.db``; ``None`` turns tracking off. MLflow 3 refuses folders.
@@ -36,6 +37,8 @@ class ExperimentTracker:
     def attach(self, engine: Any) -> None:
         if not self.tracking_uri or engine.state.rank != 0:
             return
+        # MLflow reports its use to its makers unless told not to, and a run must never reach for the network.
+        os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
         from monai.handlers import MLFlowHandler
 
         if self.tracking_uri.startswith("sqlite:///"):

@@ -247,9 +247,7 @@ def disjoint_halves(
     return [(order[:half], order[half : 2 * half]) for order in orders]
 
 
-def real_versus_real_floor(
-    features: torch.Tensor, *, n: int | None = None, seed: int = 0, repeats: int = 5
-) -> Floor:
+def real_versus_real_floor(features: torch.Tensor, *, n: int | None = None, seed: int = 0, repeats: int = 5) -> Floor:
     """Distances between two disjoint random halves of the real set: no generator can be expected to do better.
 
     Args:

@@ -235,9 +235,7 @@ class Memorization:
         for view, distance in report.distances.items():
             typical = float(np.median(report.reference[view]))
             ratio = distance / typical if typical > 0 else np.full(n, math.nan)
-            interval = (
-                bootstrap_interval(ratio, statistic=np.median) if typical > 0 else _single(math.nan, n)
-            )
+            interval = bootstrap_interval(ratio, statistic=np.median) if typical > 0 else _single(math.nan, n)
             note = "median over samples divided by the median over held-out images; well below 1 suggests copying"
             rows.append(summary_row(f"Distance to nearest training image, {view}", interval, note))
             columns[f"training_distance_{view}"] = distance.tolist()

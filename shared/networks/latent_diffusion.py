@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,15 +13,16 @@ from torch import nn
 class TextToImageModel(nn.Module):
     """Autoencoder, denoising U-Net and text encoder under one state dict.
 
-    MONAI Label and ``monai.bundle.load`` read a single ``models/model.pt`` into a single ``network_def``; MONAI core has
-    no container for the parts of a latent diffusion model, and its inferers take them one by one. The module therefore
-    only holds the parts and the number that couples them: ``scale_factor``, the reciprocal standard deviation of the
-    latents (arXiv:2112.10752, appendix G), measured by training and carried by the weights.
+    MONAI Label and ``monai.bundle.load`` read a single ``models/model.pt`` into a single ``network_def``; MONAI core
+    has no container for the parts of a latent diffusion model, and its inferers take them one by one. The module
+    therefore only holds the parts and the number that couples them: ``scale_factor``, the reciprocal standard
+    deviation of the latents (arXiv:2112.10752, appendix G), measured by training and carried by the weights.
 
     The autoencoder is frozen: it takes no gradient and stays in evaluation mode.
 
     Args:
-        autoencoder: ``monai.networks.nets.AutoencoderKL`` or an object with ``encode(x) -> (mean, sigma)`` and ``decode``.
+        autoencoder: ``monai.networks.nets.AutoencoderKL`` or an object with ``encode(x) -> (mean, sigma)`` and
+            ``decode``.
         unet: ``monai.networks.nets.DiffusionModelUNet`` with cross-attention.
         text_encoder: maps token ids ``(B, L)`` to embeddings ``(B, L, D)``.
     """
@@ -29,7 +31,7 @@ class TextToImageModel(nn.Module):
 
     def __init__(self, autoencoder: nn.Module, unet: nn.Module, text_encoder: nn.Module) -> None:
         super().__init__()
-        self.autoencoder = autoencoder.requires_grad_(False).eval()
+        self.autoencoder: Any = autoencoder.requires_grad_(False).eval()
         self.unet = unet
         self.text_encoder = text_encoder
         self.register_buffer("scale_factor", torch.tensor(1.0))

@@ -184,5 +184,3 @@ def _text_option(value: Any) -> str:
     """A text option of a client; of a list of choices the first is the chosen one."""
     value = value[0] if isinstance(value, list | tuple) and value else value
     return "" if value is None or isinstance(value, list | tuple | Mapping) else str(value).strip()
-
-

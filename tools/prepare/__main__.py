@@ -3,12 +3,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from tools.command_line import run
 from tools.prepare.image_text_folder import image_text_folder
 from tools.prepare.mimic_cxr import mimic_cxr
 from tools.prepare.openi import openi
 
-COMMANDS = {"mimic_cxr": mimic_cxr, "openi": openi, "image_text_folder": image_text_folder}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "mimic_cxr": mimic_cxr,
+    "openi": openi,
+    "image_text_folder": image_text_folder,
+}
 
 if __name__ == "__main__":
     run(COMMANDS, name="tools.prepare")
