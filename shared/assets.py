@@ -71,7 +71,7 @@ ASSETS: tuple[Asset, ...] = (
         path="squeezenet1_1-b8a52dc0.pth",
         purpose="network trunk of the perceptual loss LPIPS-squeeze",
         used_by="cxr_ldm train_autoencoder: perceptual_loss (shared.perceptual.LpipsSqueeze)",
-        without="set the perceptual weight to 0: reconstructions become a little smoother",
+        without='train with --perceptual_trunk "": reconstructions become a little smoother',
         licence="BSD-3-Clause (torchvision); trained on ImageNet",
         url="https://download.pytorch.org/models/squeezenet1_1-b8a52dc0.pth",
         sha256="b8a52dc0",
@@ -82,7 +82,7 @@ ASSETS: tuple[Asset, ...] = (
         path="weights/v0.1/squeeze.pth",
         purpose="linear layers of the perceptual loss LPIPS-squeeze",
         used_by="shared.perceptual.LpipsSqueeze",
-        without="set the perceptual weight to 0",
+        without='train with --perceptual_trunk ""',
         licence="BSD-2-Clause",
         size_bytes=10811,
         sha256="4a5350f23600cb79923ce65bb07cbf57dca461329894153e05a1346bd531cf76",
@@ -93,14 +93,19 @@ ASSETS: tuple[Asset, ...] = (
         name="xrv-densenet121-all",
         path="nih-pc-chex-mimic_ch-google-openi-kaggle-densenet121-d121-tw-lr001-rot45-tr15-sc15-seed0-best.pt",
         purpose="classifier (torchxrayvision densenet121-res224-all) behind FID and the agreement metrics",
-        used_by="cxr_ldm evaluate: features",
+        used_by="cxr_ldm evaluate.json: xrv_weights, models/pretrained/xrv_densenet121_all.pt, made from this file",
         without="evaluate without FID; the other metrics need no pretrained network",
         licence="Apache-2.0 (torchxrayvision); trained on eight data sets with terms of their own",
         url=(
             "https://github.com/mlmed/torchxrayvision/releases/download/v1/"
             "nih-pc-chex-mimic_ch-google-openi-kaggle-densenet121-d121-tw-lr001-rot45-tr15-sc15-seed0-best.pt"
         ),
-        note="The publisher states no checksum. The file is a pickled module: see the metrics for how it is read.",
+        note=(
+            "The publisher states no checksum. The file is a pickled module, which runs code when it is opened. "
+            "Convert it once: `python -m tools.convert_checkpoint xrv --source FILE --out "
+            "bundles/cxr_ldm/models/pretrained/xrv_densenet121_all.pt --sha256 DIGEST --trust_pickle True` "
+            "(shared.metrics.features.convert_xrv_checkpoint). evaluate.json reads the result."
+        ),
     ),
 )
 

@@ -107,6 +107,7 @@ def load_datalist(
     *,
     required: str | Sequence[str] = (),
     check_files: bool = True,
+    limit: int | None = None,
 ) -> list[dict[str, Any]]:
     """Load one section of a dataset folder with absolute paths.
 
@@ -120,6 +121,7 @@ def load_datalist(
         required: keys each item must have with a value; `"text|report"` means one of both. Every item needs at least
             one file key (`PATH_KEYS`) in any case.
         check_files: look for each file now (one `stat` per file), so that a missing one stops the run at its start.
+        limit: only the first so many items of the section, which alone are then checked; None loads all.
 
     Returns:
         A list of items, new dictionaries; values of `PATH_KEYS` (a path or a list of paths) are absolute strings,
@@ -127,8 +129,11 @@ def load_datalist(
 
     Raises:
         FileNotFoundError: the folder, `datalist.json` or a file of an item is missing.
-        ValueError: not JSON, section absent or empty, a required key absent, a path that is not a string.
+        ValueError: not JSON, section absent or empty, a required key absent, a path that is not a string, or a limit
+            below 1.
     """
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"limit: expected a number of items of at least 1, or null for all, but got {limit!r}")
     folder = Path(dataset_dir)
     sections = read_datalist(folder)
     file = folder / FILE_NAME
@@ -141,7 +146,8 @@ def load_datalist(
         raise ValueError(f"{file}: expected items in section {section!r}, but the list is empty; give it a fraction "
                          "of the subjects when the data set is prepared")  # fmt: skip
     root = os.path.abspath(folder)
-    for index, item in enumerate(sections[section]):
+    items = sections[section][:limit]
+    for index, item in enumerate(items):
         where = f"{file}: {section}[{index}]"
         _check_required(where, item, required)
         for key in PATH_KEYS:
@@ -159,7 +165,7 @@ def load_datalist(
                     if not os.path.isfile(absolute):
                         raise _missing_file(where, key, path, absolute)
             item[key] = full if isinstance(item[key], list) else full[0]
-    return sections[section]
+    return items
 
 
 def split_by_subject(

@@ -210,7 +210,7 @@ class GuidedLatentSampler(Inferer):
             bad = [seed for seed, ok in zip(seeds, finite.tolist(), strict=True) if not ok]
             raise ValueError(
                 f"guidance_scale: expected finite latents, got NaN or infinity for seeds {bad[:8]} at guidance "
-                f"{self.guidance_scale:g}; try --amp false or a lower guidance_scale, and check the weights."
+                f"{self.guidance_scale:g}; try --amp False or a lower guidance_scale, and check the weights."
             )
         with torch.autocast(tokens.device.type, enabled=False):
             images = [model.decode(part).float().clamp(0.0, 1.0) for part in latents.split(self.decode_batch_size)]

@@ -39,8 +39,8 @@ class LatentDataset(Dataset):
             errors name the item, and the path is removed afterwards.
         image_transform: deterministic transforms from the item to ``image`` ``(1, H, W)`` in [0, 1].
         autoencoder: frozen, with ``encode(x) -> (mean, sigma)``.
-        cache_dir: folder of the cache; ``None`` leaves ``image`` in the items (random image transforms are then
-            possible, and the encoder runs in every step).
+        cache_dir: folder of the cache; ``None`` or "" (MONAI's command line drops ``None``) leaves ``image`` in the
+            items (random image transforms are then possible, and the encoder runs in every step).
         device: where the encoder runs.
         batch_size: images per encoder call.
         num_workers: processes that load images while the cache is made.
@@ -66,7 +66,7 @@ class LatentDataset(Dataset):
         self.cache_path: Path | None = None
         self._posterior: np.ndarray | None = None
         self._encode = _Encoder(autoencoder, torch.device(device))
-        if cache_dir is not None:
+        if cache_dir:
             key = _cache_key(data, image_transform, autoencoder)
             self.cache_path = Path(cache_dir) / f"latents_{key}.npy"
             images = Dataset(data=[{"image": item["image"]} for item in data], transform=image_transform)
@@ -176,8 +176,9 @@ def _is_usable(path: Path, images: Dataset, encode: _Encoder) -> bool:
     if not path.exists():
         return False
     try:
-        stored = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError, OSError) as error:
+        # Not np.load, which takes a file for a zip archive or a pickle when its first bytes look like one.
+        stored = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, OSError) as error:
         logger.warning("%s: unreadable latent cache (%s); it is made again", path, error)
         return False
     index = len(images) // 2

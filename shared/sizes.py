@@ -24,7 +24,7 @@ def check_sizes(
         autoencoder_channels: channels of each autoencoder level; each level but the last halves the size.
         unet_channels: channels of each U-Net level, which halves the latent in the same way; empty without a U-Net.
         latent_shape: ``(C, h, w)`` of the configuration, compared with ``image_size``; ``None`` where there is none.
-        ms_ssim_kernel_size: window of MS-SSIM, which halves the image four times (Wang et al. 2003); ``None`` without it.
+        ms_ssim_kernel_size: window of MS-SSIM, which halves the image four times (Wang et al. 2003), or ``None``.
 
     Raises:
         ValueError: the message starts with the key and names the nearest legal value.

@@ -53,6 +53,8 @@ def _first_mismatch(expected: Mapping[str, torch.Tensor], state: Any) -> str | N
     for name, tensor in expected.items():
         if name not in state:
             return f"{name} is missing"
+        if not isinstance(state[name], torch.Tensor):
+            return f"{name} is a {type(state[name]).__name__} instead of a tensor"
         if state[name].shape != tensor.shape:
             return f"{name} has shape {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
     unexpected = next((name for name in state if name not in expected), None)

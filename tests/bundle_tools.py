@@ -134,7 +134,7 @@ def _binding_problem(target: Any, arguments: dict[str, Any], *, partial: bool) -
     for ancestor in target.__mro__[:-1]:
         if "__init__" not in vars(ancestor):
             continue
-        parameters = inspect.signature(ancestor.__init__).parameters.values()
+        parameters = inspect.signature(vars(ancestor)["__init__"]).parameters.values()
         known.update(parameter.name for parameter in parameters)
         known.update(FORWARDED.get(f"{ancestor.__module__}.{ancestor.__qualname__}", ()))
         if all(parameter.kind != inspect.Parameter.VAR_KEYWORD for parameter in parameters):

@@ -3,12 +3,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 
 from shared import assets
 from shared.assets import ASSETS, Asset, asset_path, check_asset, fetch_asset, get_asset, missing_asset, verify_file
 from shared.files import sha256_of_file
+from tests.conftest import ROOT
 from tools import assets as command
 
 
@@ -86,6 +88,19 @@ def test_missing_asset_answers_every_question(asset):
     assert (asset.url or "copy" if asset.package is None else asset.package) in message
 
 
+def test_texts_name_what_the_bundle_has():
+    bundle = ROOT / "bundles/cxr_ldm/configs"
+    for name in ("squeezenet1_1", "lpips-squeeze-linear"):
+        (option,) = re.findall(r"--(\w+)", get_asset(name).without)
+        assert option in json.loads((bundle / "train_autoencoder.json").read_text())
+    classifier = get_asset("xrv-densenet121-all")
+    assert "shared.metrics.features.convert_xrv_checkpoint" in classifier.note
+    assert "tools.convert_checkpoint xrv" in classifier.note
+    assert "pretrained/xrv_densenet121_all.pt" in json.loads((bundle / "evaluate.json").read_text())["xrv_weights"]
+    assert "evaluate.json" in classifier.used_by
+    assert "models/pretrained/xrv_densenet121_all.pt" in classifier.used_by
+
+
 def test_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match="squeeznet: unknown asset, expected one of sd21-text-encoder, squeezenet1_1"):
         get_asset("squeeznet")
@@ -157,7 +172,7 @@ def test_command_lists_and_checks(capsys, tmp_path):
 def test_command_fetches(served, tmp_path, capsys):
     command.fetch("demo", folder=str(tmp_path / "pretrained"))
     assert capsys.readouterr().out.strip().endswith("weights.pth")
-    with pytest.raises(SystemExit, match="name at least one asset"):
+    with pytest.raises(ValueError, match="name at least one asset"):
         command.fetch()
-    with pytest.raises(SystemExit, match="nope: unknown asset"):
+    with pytest.raises(ValueError, match="nope: unknown asset"):
         command.fetch("nope")

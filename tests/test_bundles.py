@@ -47,9 +47,19 @@ from tests.conftest import ROOT
 from tools.phantoms.cxr_ldm import make_dataset
 
 BUNDLE = ROOT / "bundles/cxr_ldm"
-TRAINING_IDS = (
-    "dataset_dir output_dir max_epochs val_interval batch_size learning_rate num_workers seed resume amp compile".split()
-)
+TRAINING_IDS = [
+    "dataset_dir",
+    "output_dir",
+    "max_epochs",
+    "val_interval",
+    "batch_size",
+    "learning_rate",
+    "num_workers",
+    "seed",
+    "resume",
+    "amp",
+    "compile",
+]
 
 # Ids that two stand-alone files of a bundle may define differently. A set limits the licence to comparisons with one of
 # these files.
@@ -256,7 +266,7 @@ SMALL: dict[str, Any] = {
     "autoencoder_def": AUTOENCODER,
     "device": "$torch.device('cpu')",
 }
-SMALL_TRAINING = {"max_epochs": 2, "batch_size": 4, "num_workers": 0, "tracking_uri": None}
+SMALL_TRAINING = {"max_epochs": 2, "batch_size": 4, "num_workers": 0, "tracking_uri": ""}
 STAGES: dict[str, dict[str, Any]] = {
     "train_autoencoder": {**SMALL, **SMALL_TRAINING, "adversarial_start": 2, "ms_ssim_kernel_size": 3},
     "train": {**SMALL, **SMALL_TRAINING, "unet_def": UNET, "preview_prompts": ["Cardiomegaly."], "preview_interval": 9},
@@ -368,7 +378,7 @@ def test_inference_writes_a_picture_for_each_prompt(trained, tmp_path):
 
 def test_latents_can_be_encoded_in_every_step(phantoms, trained, tmp_path):
     options = folders(trained, "train") | {"output_dir": str(tmp_path), "max_epochs": 1}
-    options |= {"ckpt_dir": str(copy_of_stage_1(trained, tmp_path)), "latent_cache_dir": None}
+    options |= {"ckpt_dir": str(copy_of_stage_1(trained, tmp_path)), "latent_cache_dir": ""}
     execute("train", phantoms, **options)
     assert len(curve(tmp_path, "train", "loss")) == 1
 
@@ -466,6 +476,7 @@ def test_killed_process_resumes_bit_for_bit(phantoms, tmp_path):
     """The one slow test: the documented command, killed with SIGKILL a moment after a checkpoint appears."""
     stage, epochs = "train_autoencoder", 12
     options = folders(tmp_path / "killed", stage) | {"max_epochs": epochs, "dataset_dir": str(phantoms)}
+    present = sorted((BUNDLE / "runs").rglob("*"))
     kill_after, delay = random.SystemRandom().choice([(1, 0.0), (2, 0.03), (4, 0.1)])
     arguments = [f"--{key}={value}" for key, value in {**STAGES[stage], **options}.items()]
     files = "['configs/train_autoencoder.json','configs/tiny.json']"
@@ -489,6 +500,7 @@ def test_killed_process_resumes_bit_for_bit(phantoms, tmp_path):
     killed, whole = (curve(tmp_path / name / "runs" / stage) for name in ("killed", "whole"))
     assert killed == whole, f"killed {delay} s after the checkpoint of epoch {kill_after}"
     assert list(checkpoints.glob(".*")) == []
+    assert sorted((BUNDLE / "runs").rglob("*")) == present, "the run wrote outside of the test's folder"
     assert len(checkpoints_in(checkpoints)) == 2
 
 
@@ -577,7 +589,9 @@ def test_weights_of_another_configuration_and_missing_weights_are_named(phantoms
     line = last_line("inference", phantoms, capsys, **options | {"ckpt_dir": str(tmp_path)})
     assert line.startswith(f"{tmp_path}/model.pt: expected trained weights, found no file. Train the model")
     line = last_line("train", phantoms, capsys, **folders(tmp_path, "train"))
-    assert line.startswith(f"{tmp_path}/models/stages/autoencoder.pt: expected trained weights, found no file. Train it")
+    assert line.startswith(
+        f"{tmp_path}/models/stages/autoencoder.pt: expected trained weights, found no file. Train it"
+    )
     assert "configs/train_autoencoder.json" in line
 
 

@@ -400,7 +400,7 @@ def test_one_network_from_the_command_line(tmp_path: Path, monkeypatch: pytest.M
     assert (_output(network, *case) - _output(old_network, *case)).abs().max() <= 1e-5
 
     monkeypatch.setattr("sys.argv", [*words, "--options", '{"spatial_dim": 2}'])
-    with pytest.raises(SystemExit, match="error: --options: expected a JSON object of arguments for AutoencoderKL"):
+    with pytest.raises(SystemExit, match="^--options: expected a JSON object of arguments for AutoencoderKL"):
         convert_checkpoint.main()
     with pytest.raises(ValueError, match="--kind: expected one of AutoencoderKL, .*, got 'UNet'"):
         convert_checkpoint.network(kind="UNet", source=str(source), out=str(out), options="{}")

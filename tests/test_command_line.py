@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import runpy
+
 import pytest
 
 from tools.command_line import check_options, run
@@ -34,6 +36,26 @@ def test_unknown_option_is_refused_before_the_call(monkeypatch):
     with pytest.raises(SystemExit, match=r"^--viewz: expected an option.*did you mean --views\?"):
         run({"prepare": prepare}, name="tool")
     assert CALLS == []
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "message"),
+    [
+        ("assets", ["fetch", "--folders", "x"], r"^--folders: .*did you mean --folder\?"),
+        ("assets", ["check", "--names", "x"], "^--names: .*Options: --folder$"),
+        ("assets", ["fetch", "nope"], "^nope: unknown asset"),
+        ("convert_checkpoint", ["xrv", "--src=a", "--out=b"], r"^--src: expected an option"),
+        ("convert_checkpoint", ["xrv", "--source=a", "--out=b", "--sha256=12345678"], "^a: this file is a pickled"),
+        ("report", ["nowhere", "--output=x"], r"^--output: .*did you mean --out\?"),
+        ("report", ["/nowhere"], "^/nowhere: expected a run folder"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_tools_refuse_unknown_options_and_end_in_one_line(module, words, message, monkeypatch):
+    monkeypatch.setattr("sys.argv", [module, *words])
+    with pytest.raises(SystemExit, match=message) as stopped:
+        runpy.run_module(f"tools.{module}", run_name="__main__")
+    assert "\n" not in str(stopped.value)
 
 
 def test_run_and_its_errors(monkeypatch):

@@ -33,6 +33,18 @@ def test_paths_become_absolute_and_other_values_stay(tmp_path, monkeypatch):
         assert (item["subject"], item["text"]) == ("images", "a.png")
 
 
+def test_limit_takes_the_first_items_and_looks_at_no_others(tmp_path):
+    items = [{"image": "a.png"}, {"image": "a.png", "subject": "2"}, {"image": "gone.png"}]
+    dataset(tmp_path, {"test": items})
+    assert [item.get("subject") for item in load_datalist(tmp_path, "test", limit=2)] == [None, "2"]
+    assert len(load_datalist(tmp_path, "test", limit=9, check_files=False)) == 3
+    with pytest.raises(FileNotFoundError, match=r"gone\.png"):
+        load_datalist(tmp_path, "test", limit=3)
+    for wrong in (0, -1, "3"):
+        with pytest.raises(ValueError, match=f"^limit: expected a number of items of at least 1.*got {wrong!r}"):
+            load_datalist(tmp_path, "test", limit=wrong)
+
+
 def test_bare_paths_of_a_test_section(tmp_path):
     folder = dataset(tmp_path, {"test": ["a.png"]})
     assert load_datalist(folder, "test") == [{"image": str(folder / "a.png")}]

@@ -10,6 +10,7 @@ import torch
 
 from shared.metrics.features import ClassifierFeatures, XrvDenseNetFeatures, _xrv_densenet, convert_xrv_checkpoint
 from shared.networks.finding_classifier import FindingClassifier
+from tools import convert_checkpoint
 
 pytest.importorskip("torchxrayvision", reason="torchxrayvision is an optional dependency")
 
@@ -95,6 +96,24 @@ def test_pickled_release_is_converted_only_on_request(network: torch.nn.Module, 
     assert all(torch.equal(value, loaded[key]) for key, value in network.state_dict().items())
     with pytest.raises(FileExistsError, match=r"plain.pt: expected a new file"):
         convert_xrv_checkpoint(source, target, sha256=_sha256(source), trust_pickle=True)
+
+
+def test_conversion_from_the_command_line(
+    network: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = tmp_path / "release.pt", tmp_path / "plain.pt"
+    torch.save(network, source)
+    words = ["convert_checkpoint", "xrv", "--source", str(source), "--out", str(target), "--sha256", _sha256(source)]
+    for consent in ([], ["--trust_pickle", "true"]):  # fire reads a small "true" as a text
+        monkeypatch.setattr("sys.argv", [*words, *consent])
+        with pytest.raises(SystemExit, match=r"release.pt: this file is a pickled module"):
+            convert_checkpoint.main()
+        assert not target.exists()
+    monkeypatch.setattr("sys.argv", [*words, "--trust_pickle", "True"])
+    convert_checkpoint.main()
+    assert _sha256(target) in capsys.readouterr().out
+    loaded = XrvDenseNetFeatures(target, sha256=_sha256(target)).network.state_dict()
+    assert all(torch.equal(value, loaded[key]) for key, value in network.state_dict().items())
 
 
 def test_importing_torchxrayvision_leaves_the_warning_filters() -> None:

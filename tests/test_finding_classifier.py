@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from monai.data import DataLoader, Dataset
 
 from shared.networks.finding_classifier import FindingClassifier
-from shared.transforms.labels import FINDINGS, FindingToIndexd
+from shared.transforms.labels import FINDINGS, FindingToIndexd, LabelsToTextd
 
 
 def test_features_lead_to_the_logits() -> None:
@@ -71,3 +74,23 @@ def test_unknown_findings_are_named() -> None:
         FindingToIndexd()({"text": "x"})
     with pytest.raises(ValueError, match="classes: expected at least two different names"):
         FindingToIndexd(classes=("a", "a"))
+
+
+def test_labels_to_text_survive_a_data_loader() -> None:
+    items = [
+        {"labels": {"Edema": 1.0, "finding": "left_opacity"}},
+        {"labels": {"Fracture": -1.0}},
+        {},
+        {"labels": None},
+    ]
+    (batch,) = DataLoader(Dataset(items, LabelsToTextd()), batch_size=4)
+    assert [json.loads(text) for text in batch["labels"]] == [items[0]["labels"], items[1]["labels"], {}, {}]
+    assert items[2] == {}
+    assert LabelsToTextd("state")({"state": {"a": 1}}) == {"state": '{"a": 1}'}
+
+
+def test_labels_that_are_no_dictionary_are_named() -> None:
+    with pytest.raises(ValueError, match="labels: expected a dictionary, name -> value, got 'edema'"):
+        LabelsToTextd()({"labels": "edema"})
+    with pytest.raises(ValueError, match="labels: expected texts and numbers, got "):
+        LabelsToTextd()({"labels": {"edema": torch.zeros(1)}})

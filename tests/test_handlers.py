@@ -326,4 +326,5 @@ def test_grid_places_pictures_row_by_row(tmp_path):
     save_grid(images, tmp_path / "grid.png", columns=2, gap=2)
     picture = Image.open(tmp_path / "grid.png")
     assert picture.size == (14, 10)
+    assert "synthetic" in picture.text["Comment"]
     assert [picture.getpixel(xy) for xy in ((0, 0), (8, 0), (0, 6), (8, 6))] == [0, 128, 255, 255]

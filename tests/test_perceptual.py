@@ -110,7 +110,7 @@ def test_missing_trunk_says_how_to_get_it(tmp_path):
         LpipsSqueeze(tmp_path / "absent.pth")
     message = str(caught.value)
     assert message.startswith(str(tmp_path / "absent.pth"))
-    for words in ("tools.assets fetch squeezenet1_1", "b8a52dc0", "perceptual weight to 0"):
+    for words in ("tools.assets fetch squeezenet1_1", "b8a52dc0", '--perceptual_trunk ""'):
         assert words in message
 
 

@@ -14,9 +14,8 @@ import dataclasses
 import json
 import sys
 
-import fire
-
 from shared.assets import ASSETS, check_asset, fetch_asset
+from tools import command_line
 
 
 def list_assets(*, as_json: bool = False) -> None:
@@ -46,13 +45,10 @@ def check(*names: str, folder: str = "pretrained") -> None:
 def fetch(*names: str, folder: str = "pretrained") -> None:
     """Download files into the folder and check them."""
     if not names:
-        sys.exit("fetch: name at least one asset; `python -m tools.assets list` shows them")
+        raise ValueError("fetch: name at least one asset; `python -m tools.assets list` shows them")
     for name in names:
-        try:
-            print(fetch_asset(name, folder))
-        except (ValueError, OSError) as error:
-            sys.exit(str(error))
+        print(fetch_asset(name, folder))
 
 
 if __name__ == "__main__":
-    fire.Fire({"list": list_assets, "check": check, "fetch": fetch})
+    command_line.run({"list": list_assets, "check": check, "fetch": fetch}, name="tools.assets")

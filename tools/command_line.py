@@ -29,7 +29,7 @@ def check_options(function: Callable[..., Any], arguments: Sequence[str]) -> Non
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return
-    known = [p.name for p in parameters]
+    known = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL]
     words = list(arguments)
     for word in words[: words.index("--")] if "--" in words else words:
         name = word[2:].split("=")[0].replace("-", "_")

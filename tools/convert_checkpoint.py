@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convert published monai-generative weights, once, into the form the bundles load.
+"""Convert published weights, once, into the form the bundles load.
 
     python -m tools.convert_checkpoint cxr_ldm --autoencoder autoencoder.pth --diffusion diffusion_model.pth \
         --scale_factor 0.3 --out bundles/cxr_ldm/models/model.pt
     python -m tools.convert_checkpoint network --kind ControlNet --source controlnet.pth --out controlnet.pt \
         --options '{"spatial_dims": 2, "in_channels": 3, ...}'
+    python -m tools.convert_checkpoint xrv --source nih-pc-chex-...-best.pt --out xrv_densenet121_all.pt \
+        --sha256 DIGEST --trust_pickle True
 
-The key rules and the reason why MONAI's own loader is not used: `shared/checkpoints.py`.
+The first two are networks of monai-generative, the last is torchxrayvision's classifier. The key
+rules and the reason why MONAI's own loader is not used: `shared/checkpoints.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from torch import Tensor, nn
 
 from shared.checkpoints import KEYS, convert_state_dict, read_published
 from shared.files import save_tensors, sha256_of_file
+from shared.metrics.features import convert_xrv_checkpoint
+from tools import command_line
 
 _CXR_CONFIG = Path(__file__).parents[1] / "bundles" / "cxr_ldm" / "configs" / "inference.json"
 
@@ -108,6 +113,27 @@ def network(*, kind: str, source: str, out: str, options: str, entry: str | None
     _save(_convert(source, built, entry=entry), out)
 
 
+@fire.decorators.SetParseFns(source=str, out=str, sha256=str)  # a digest may look like a number
+def xrv(*, source: str, out: str, sha256: str, trust_pickle: bool = False) -> None:
+    """Turn torchxrayvision's DenseNet121, a pickled module, into the plain state dict that evaluations read.
+
+    DANGER: opening the file runs the code it holds. Do it with a file you trust, best in a throw-away environment.
+
+    Args:
+        source: the downloaded file (`python -m tools.assets fetch xrv-densenet121-all`).
+        out: the file to write, models/pretrained/xrv_densenet121_all.pt of the bundle; must not exist.
+        sha256: of the source, from somewhere you trust; compared before the file is opened.
+        trust_pickle: must be True: your consent to run the file's code.
+
+    Raises:
+        PermissionError: no consent.
+        FileNotFoundError, FileExistsError: source missing, output present.
+        ValueError: another checksum, or not this network.
+    """
+    convert_xrv_checkpoint(source, out, sha256=sha256, trust_pickle=trust_pickle)
+    _report(out)
+
+
 def _resolve(parser: ConfigParser, name: str, files: list[str]) -> dict[str, Any]:
     """The definition behind `name`, references followed."""
     try:
@@ -165,15 +191,16 @@ def _convert(source: str, network: nn.Module, *, entry: str | None = None) -> di
 
 def _save(weights: dict[str, Tensor], out: str) -> None:
     save_tensors(weights, out)
+    _report(out)
+
+
+def _report(out: str) -> None:
     print(f"saved {out} ({Path(out).stat().st_size / 1e6:.1f} MB)\nsha256 {sha256_of_file(out)}")
 
 
 def main() -> None:
     """Entry point; expected errors end with their message alone."""
-    try:
-        fire.Fire({"cxr_ldm": cxr_ldm, "network": network})
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    command_line.run({"cxr_ldm": cxr_ldm, "network": network, "xrv": xrv}, name="tools.convert_checkpoint")
 
 
 if __name__ == "__main__":

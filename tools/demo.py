@@ -61,18 +61,6 @@ def demo(bundle: str = "cxr_ldm", out: str = "demo", n: int = 200, threads: int 
             root,
             environment,
         )
-    stages = {
-        "train_autoencoder": {"output_dir": root / "autoencoder", "max_epochs": 20},
-        "train": {"output_dir": root / "diffusion", "latent_cache_dir": root / "latents", "max_epochs": 40},
-    }
-    for config, options in stages.items():
-        shared = {"dataset_dir": data, "ckpt_dir": weights, "tracking_uri": f"sqlite:///{root}/mlflow.db"}
-        _step(
-            f"short training: {config}",
-            _bundle_command("training", [config], {**shared, **options}),
-            folder,
-            environment,
-        )
     # Sampled anew each time: the sentences may have been edited.
     shutil.rmtree(root / "samples", ignore_errors=True)
     samples = {
@@ -90,6 +78,18 @@ def demo(bundle: str = "cxr_ldm", out: str = "demo", n: int = 200, threads: int 
         folder,
         environment,
     )
+    stages = {
+        "train_autoencoder": {"output_dir": root / "autoencoder", "max_epochs": 20},
+        "train": {"output_dir": root / "diffusion", "latent_cache_dir": root / "latents", "max_epochs": 40},
+    }
+    for config, options in stages.items():
+        shared = {"dataset_dir": data, "ckpt_dir": weights, "tracking_uri": f"sqlite:///{root}/mlflow.db"}
+        _step(
+            f"short training: {config}",
+            _bundle_command("training", [config], {**shared, **options}),
+            folder,
+            environment,
+        )
     page = root / "report.html"
     title = "Text to chest X-ray: demo on phantoms"
     _step(

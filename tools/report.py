@@ -13,9 +13,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from xml.etree import ElementTree
 
-import fire
-
 from shared.files import atomic_path
+from tools import command_line
 from tools.report_data import Run, find_runs
 from tools.report_html import Element, element, missing, table, words
 from tools.report_sections import duration, section_of, title_of
@@ -124,12 +123,9 @@ def _footer() -> Element:
 def main(run_dir: str, *, out: str | None = None, extra: str | Sequence[str] = (), title: str | None = None) -> None:
     """Write the report of RUN_DIR; see `write_report`. `--extra a,b` adds folders."""
     folders = extra.split(",") if isinstance(extra, str) else extra
-    try:
-        path = write_report(str(run_dir), out, extra=[str(folder) for folder in folders if folder], title=title)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    path = write_report(str(run_dir), out, extra=[str(folder) for folder in folders if folder], title=title)
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    command_line.run(main, name="tools.report")

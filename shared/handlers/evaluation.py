@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -51,16 +52,16 @@ class GenerativeEvaluation:
         pred_key: generated sample; likewise.
         reconstruction_key: reconstruction; likewise, and optional.
         reconstruct: makes the reconstruction from real images (B, 1, H, W) where the key is absent; None leaves it out.
-        label_key: label dictionary of the item in the batch; optional.
+        label_key: labels of the item in the batch, a dictionary or its JSON text
+            (``shared.transforms.labels.LabelsToTextd``); optional.
         path_key: item key with the image's path; None takes the image's metadata.
         dataset_dir: paths are hashed relative to this folder, so that machines agree; None hashes them as they are.
-        max_images: collect the first so many; None collects all.
         columns: pictures in a row of the grids.
         grid_images: most pictures of a kind in a grid.
 
     Raises:
-        ValueError: when an image has another shape than the first, or a value that is not finite; the message starts
-            with the key and gives the row.
+        ValueError: when an image has another shape than the first, or a value that is not finite, or labels are no
+            dictionary; the message starts with the key.
         RuntimeError: when run by several processes.
     """
 
@@ -76,7 +77,6 @@ class GenerativeEvaluation:
         label_key: str = "labels",
         path_key: str | None = None,
         dataset_dir: str | os.PathLike | None = None,
-        max_images: int | None = None,
         columns: int = 8,
         grid_images: int = 32,
     ) -> None:
@@ -85,7 +85,7 @@ class GenerativeEvaluation:
         self.keys = {"image": image_key, "pred": pred_key, "reconstruction": reconstruction_key}
         self.reconstruct, self.label_key, self.path_key = reconstruct, label_key, path_key
         self.dataset_dir = dataset_dir
-        self.max_images, self.columns, self.grid_images = max_images, columns, grid_images
+        self.columns, self.grid_images = columns, grid_images
         self._reset()
 
     def attach(self, engine: Engine) -> None:
@@ -109,9 +109,6 @@ class GenerativeEvaluation:
         outputs, items = _items(engine.state.output), _items(engine.state.batch)
         if len(items) != len(outputs):
             raise ValueError(f"engine.state.output: expected one per batch item ({len(items)}), got {len(outputs)}")
-        if self.max_images is not None:
-            room = max(0, self.max_images - len(self._ids))
-            outputs, items = outputs[:room], items[:room]
         rows: dict[str, list[torch.Tensor]] = {name: [] for name in self.keys}
         for output, item in zip(outputs, items, strict=True):
             image = None
@@ -120,7 +117,7 @@ class GenerativeEvaluation:
                 image = value if name == "image" else image
                 if value is not None:
                     rows[name].append(value)
-            self._labels.append(item.get(self.label_key))
+            self._labels.append(_labels(self.label_key, item))
             self._ids.append(self._identity(image, item))
         if self.reconstruct is not None and not rows["reconstruction"] and rows["image"]:
             real = torch.stack([_plain(image) for image in rows["image"]]).clamp(0, 1)
@@ -235,6 +232,19 @@ def _find_image(key: str, *places: Mapping[str, Any]) -> torch.Tensor | None:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             return value
     return None
+
+
+def _labels(key: str, item: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The item's label dictionary; None where it has none."""
+    value = item.get(key)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{key}: expected a dictionary as JSON text, got {value!r} ({error})") from error
+    if value is None or isinstance(value, Mapping):
+        return value
+    raise ValueError(f"{key}: expected a dictionary of labels, got {value!r}; write one with LabelsToTextd")
 
 
 def _plain(image: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
 from shared.files import atomic_path
@@ -138,8 +139,10 @@ def save_grid(images: torch.Tensor, path: str | Path, *, columns: int = 8, gap: 
     for index, value in enumerate(values):
         top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
         grid[top : top + height, left : left + width] = value
+    marker = PngInfo()
+    marker.add_text("Comment", "contains synthetic images; research only, not for diagnosis")
     with atomic_path(path) as temporary:
-        Image.fromarray((grid * 255).round().astype(np.uint8)).save(temporary, format="PNG")
+        Image.fromarray((grid * 255).round().astype(np.uint8)).save(temporary, format="PNG", pnginfo=marker)
 
 
 def _pad_row(images: torch.Tensor, columns: int) -> torch.Tensor:

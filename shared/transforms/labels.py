@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the names of findings in a data list to class indices."""
+"""Labels of a data list on their way through a data loader."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -62,3 +63,33 @@ class FindingToIndexd(Transform):
                 "correct the item in datalist.json or pass other classes"
             )
         return {**data, self.output_key: torch.tensor(self.classes.index(finding))}
+
+
+class LabelsToTextd(Transform):
+    """Write an item's label dictionary as JSON text.
+
+    A data loader joins dictionaries key by key, as they are in the first item: labels that only some items have raise a
+    KeyError or are dropped. Texts pass unchanged, and ``shared.handlers.evaluation`` reads them.
+
+    Args:
+        key: label dictionary; an item without one gets ``"{}"``.
+    """
+
+    def __init__(self, key: str = "labels") -> None:
+        self.key = key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Item -> item whose labels are a string.
+
+        Raises:
+            ValueError: the labels are no dictionary, or hold what JSON does not know.
+        """
+        labels = data.get(self.key)
+        if labels is not None and not isinstance(labels, Mapping):
+            raise ValueError(
+                f"{self.key}: expected a dictionary, name -> value, got {labels!r}; correct the item in datalist.json"
+            )
+        try:
+            return {**data, self.key: json.dumps(dict(labels or {}))}
+        except TypeError as error:
+            raise ValueError(f"{self.key}: expected texts and numbers, got {labels!r} ({error})") from error

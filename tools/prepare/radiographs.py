@@ -7,7 +7,6 @@ import csv
 import gzip
 import io
 import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,7 +22,6 @@ from shared.datalist import find_leaks, split_by_subject, write_datalist
 from shared.files import atomic_path, save_json
 from shared.transforms.images import ResizeShorterSide, read_radiograph
 
-_WRITING = threading.Lock()
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
 
 
@@ -74,8 +72,7 @@ def write_png(path: Path, image: torch.Tensor, *, bits: int = 8) -> None:
     levels = np.rint(image[0].numpy().astype(np.float64) * (2**bits - 1))
     encoded = io.BytesIO()
     Image.fromarray(levels.astype(np.uint8 if bits == 8 else np.uint16)).save(encoded, "PNG")
-    # atomic_path asks for the process's umask by setting it, which must not happen in two threads at once
-    with _WRITING, atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_bytes(encoded.getvalue())
 
 

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The latent cache against direct encoding, with a convolution as autoencoder and small PNG files."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from monai.data import DataLoader
+from monai.transforms import CenterSpatialCropd, Compose
+from PIL import Image
+from torch import nn
+
+from shared.latent_cache import LatentDataset, measure_scale_factor
+from shared.transforms.images import LoadRadiographd, ResizeShorterSided
+
+
+class ConvolutionalEncoder(nn.Module):
+    """Images (B, 1, H, W) to a posterior (B, 2, H/4, W/4), counting its calls."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.convolution = nn.Conv2d(1, 4, 4, stride=4)
+        self.calls: list[int] = []
+
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.calls.append(len(x))
+        mean, log_variance = self.convolution(x).chunk(2, dim=1)
+        return mean, torch.exp(0.5 * log_variance)
+
+
+def images_to(size: int = 16, crop: int = 16) -> Compose:
+    return Compose(
+        [
+            LoadRadiographd("image"),
+            ResizeShorterSided("image", size),
+            CenterSpatialCropd("image", roi_size=(crop, crop)),
+        ]
+    )
+
+
+@pytest.fixture
+def items(tmp_path: Path) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    result = []
+    for index in range(7):
+        path = tmp_path / f"images/{index}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (24, 20), dtype=np.uint8)).save(path)
+        result.append({"image": str(path), "text": f"report {index}", "subject": str(index)})
+    return result
+
+
+def dataset_of(items: list[dict[str, Any]], folder: Path | None, encoder: nn.Module, **options: Any) -> LatentDataset:
+    options = {"image_transform": images_to(), "batch_size": 3, **options}
+    return LatentDataset(items, autoencoder=encoder, cache_dir=folder, **options)
+
+
+def direct(items: list[dict[str, Any]], encoder: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    image = images_to()({"image": items[index]["image"]})["image"]
+    with torch.no_grad():
+        mean, sigma = encoder.encode(image[None].as_tensor())
+    return mean[0], 2 * sigma[0].log()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cached_latents_equal_direct_encoding(items, tmp_path, workers):
+    encoder = ConvolutionalEncoder()
+    dataset = dataset_of(items, tmp_path / "cache", encoder, num_workers=workers)
+    assert encoder.calls == [3, 3, 1]
+    for index in range(7):
+        item = dataset[index]
+        mean, log_variance = direct(items, encoder, index)
+        torch.testing.assert_close(item["latent_mean"], mean, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(item["latent_log_variance"], log_variance, atol=1e-5, rtol=1e-5)
+        assert item["latent_mean"].dtype == torch.float32
+        assert item["item_id"] == str(index)
+        assert item["text"] == f"report {index}"
+        assert "image" not in item
+    assert json.loads(dataset.cache_path.with_suffix(".json").read_text()) == {"items": 7}
+
+
+def test_transform_finds_the_path_by_which_it_can_name_the_item(items, tmp_path):
+    seen = []
+
+    def note(item: dict[str, Any]) -> dict[str, Any]:
+        seen.append(item["image"])
+        return item
+
+    assert "image" not in dataset_of(items, tmp_path / "cache", ConvolutionalEncoder(), transform=note)[2]
+    assert seen == [items[2]["image"]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_gives_the_same_items_with_and_without_workers(items, tmp_path, workers):
+    dataset = dataset_of(items, tmp_path / "cache", ConvolutionalEncoder())
+    expected = torch.stack([dataset[index]["latent_mean"] for index in range(7)])
+    batches = list(DataLoader(dataset, batch_size=3, num_workers=workers))
+    assert torch.equal(torch.cat([batch["latent_mean"] for batch in batches]), expected)
+    assert [name for batch in batches for name in batch["item_id"]] == [str(index) for index in range(7)]
+
+
+def test_second_use_encodes_one_item_only(items, tmp_path):
+    first = dataset_of(items, tmp_path / "cache", ConvolutionalEncoder())
+    encoder = ConvolutionalEncoder()
+    second = dataset_of(items, tmp_path / "cache", encoder)
+    assert encoder.calls == [1]
+    assert second.cache_path == first.cache_path
+
+
+def test_every_cause_of_other_latents_makes_another_cache(items, tmp_path):
+    folder = tmp_path / "cache"
+    paths = [dataset_of(items, folder, ConvolutionalEncoder()).cache_path]
+    paths.append(dataset_of(items, folder, ConvolutionalEncoder(seed=1)).cache_path)
+    paths.append(dataset_of(items, folder, ConvolutionalEncoder(), image_transform=images_to(size=20)).cache_path)
+    paths.append(dataset_of(items, folder, ConvolutionalEncoder(), image_transform=images_to(20, crop=20)).cache_path)
+    paths.append(dataset_of(items[:6], folder, ConvolutionalEncoder()).cache_path)
+    paths.append(dataset_of(items[::-1], folder, ConvolutionalEncoder()).cache_path)
+    path = Path(items[3]["image"])
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000))
+    paths.append(dataset_of(items, folder, ConvolutionalEncoder()).cache_path)
+    Image.fromarray(np.arange(24 * 20, dtype=np.uint16).reshape(24, 20)).save(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    paths.append(dataset_of(items, folder, ConvolutionalEncoder()).cache_path)
+    assert len(set(paths)) == len(paths)
+
+
+def test_text_and_place_of_the_data_do_not_matter(items, tmp_path):
+    """A data set that is copied with its times, or whose reports change, keeps its cache."""
+    first = dataset_of(items, tmp_path / "cache", ConvolutionalEncoder()).cache_path
+    (tmp_path / "images").rename(tmp_path / "moved")
+    moved = [{**item, "image": item["image"].replace("/images/", "/moved/"), "text": "other"} for item in items]
+    assert dataset_of(moved, tmp_path / "cache", ConvolutionalEncoder()).cache_path == first
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:60]),
+        lambda path: path.write_bytes(path.read_bytes()[:-20]),
+        lambda path: path.write_bytes(b"no array " * 50),
+        lambda path: path.write_bytes(b"PK\x03\x04" + bytes(100)),
+        lambda path: np.save(path, np.zeros((7, 2, 2, 4, 4), dtype=np.float32)),
+        lambda path: np.save(path, np.zeros((7, 2, 2, 5, 5), dtype=np.float32)),
+        lambda path: np.save(path, np.zeros((6, 2, 2, 4, 4), dtype=np.float32)),
+        lambda path: np.save(path, np.full((7, 2, 2, 4, 4), np.nan, dtype=np.float32)),
+    ],
+    ids=["empty", "header cut", "data cut", "text", "zip", "zeros", "other size", "fewer items", "NaN"],
+)
+def test_damaged_or_foreign_cache_is_made_again(items, tmp_path, spoil, caplog):
+    path = dataset_of(items, tmp_path / "cache", ConvolutionalEncoder()).cache_path
+    good = path.read_bytes()
+    spoil(path)
+    dataset_of(items, tmp_path / "cache", ConvolutionalEncoder())
+    assert path.read_bytes() == good
+    assert f"{path}: " in caplog.text
+
+
+def test_interrupted_encoding_leaves_no_cache(items, tmp_path):
+    class Failing(ConvolutionalEncoder):
+        def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if len(self.calls) == 1:
+                raise KeyboardInterrupt
+            return super().encode(x)
+
+    with pytest.raises(KeyboardInterrupt):
+        dataset_of(items, tmp_path / "cache", Failing())
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_latents_that_are_not_finite_are_refused(items, tmp_path):
+    encoder = ConvolutionalEncoder()
+    encoder.convolution.bias.data[0] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"latents_\w+\.npy: expected finite latents, got NaN or infinity for items 0 to 2"
+    ):
+        dataset_of(items, tmp_path / "cache", encoder)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_empty_list_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected at least one image to encode, got an empty list"):
+        dataset_of([], tmp_path / "cache", ConvolutionalEncoder())
+
+
+def test_making_the_cache_changes_neither_random_state_nor_training_mode(items, tmp_path):
+    encoder = ConvolutionalEncoder().train()
+    torch.manual_seed(3)
+    torch.rand(5)
+    state = torch.get_rng_state()
+    dataset_of(items, tmp_path / "cache", encoder)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert encoder.training
+
+
+def test_without_a_cache_items_keep_their_image_and_latents_are_encoded_on_demand(items):
+    encoder = ConvolutionalEncoder()
+    dataset = dataset_of(items, None, encoder)
+    assert encoder.calls == []
+    item = dataset[4]
+    assert item["image"].shape == (1, 16, 16)
+    assert "latent_mean" not in item
+    assert encoder.calls == []
+    for got, expected in zip(dataset.posterior(4), direct(items, encoder, 4), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert [len(batch["item_id"]) for batch in DataLoader(dataset, batch_size=4, num_workers=2)] == [4, 3]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_scale_factor_is_the_reciprocal_standard_deviation_of_draws(items, tmp_path, cached):
+    dataset = dataset_of(items, tmp_path / "cache" if cached else None, ConvolutionalEncoder())
+    means, log_variances = (
+        torch.stack(parts).double() for parts in zip(*map(dataset.posterior, range(7)), strict=True)
+    )
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn((4000, *means.shape), dtype=torch.float64, generator=generator)
+    drawn = means + (0.5 * log_variances).exp() * noise
+    factor = measure_scale_factor(dataset)
+    assert factor == pytest.approx(1 / drawn.std().item(), rel=2e-3)
+    assert factor == pytest.approx((means.var(correction=0) + log_variances.exp().mean()).item() ** -0.5, rel=1e-9)
+
+
+def test_scale_factor_takes_evenly_spaced_items(items, tmp_path):
+    dataset = dataset_of(items, tmp_path / "cache", ConvolutionalEncoder())
+    asked = []
+    posterior = dataset.posterior
+    dataset.posterior = lambda index: (asked.append(index), posterior(index))[1]  # type: ignore[method-assign]
+    measure_scale_factor(dataset, max_items=3)
+    assert asked == [0, 3, 6]
+
+
+def test_scale_factor_of_constant_latents_is_refused(items, tmp_path):
+    dataset = dataset_of(items, tmp_path / "cache", ConvolutionalEncoder())
+    dataset.posterior = lambda index: (torch.ones(2, 4, 4), torch.full((2, 4, 4), -torch.inf))  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"latents_\w+\.npy: expected latents with a positive, finite variance, got 0"):
+        measure_scale_factor(dataset)

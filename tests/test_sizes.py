@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.networks.nets import AutoencoderKL
+
+from shared.sizes import check_sizes
+
+CHANNELS = (4, 4, 8, 8)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (8, 96), (512, 512)])
+def test_multiples_pass(size):
+    check_sizes(size, autoencoder_channels=CHANNELS)
+
+
+def test_check_agrees_with_the_autoencoder():
+    network = AutoencoderKL(
+        spatial_dims=2,
+        in_channels=1,
+        out_channels=1,
+        channels=CHANNELS,
+        latent_channels=3,
+        num_res_blocks=1,
+        norm_num_groups=4,
+        attention_levels=(False,) * 4,
+        with_encoder_nonlocal_attn=False,
+        with_decoder_nonlocal_attn=False,
+    )
+    for side in (16, 18, 20, 24):
+        returned = network.reconstruct(torch.zeros(1, 1, side, 16)).shape[-2]
+        try:
+            check_sizes((side, 16), autoencoder_channels=CHANNELS)
+            accepted = True
+        except ValueError:
+            accepted = False
+        assert accepted == (returned == side)
+
+
+@pytest.mark.parametrize(
+    ("size", "unet", "message"),
+    [
+        ((60, 64), (), r"^image_size: expected multiples of 8, .* 3 times, got \[60, 64\]; the nearest is \[64, 64\]"),
+        ((72, 64), (8, 8, 8), r"^image_size: expected multiples of 32, .* 5 times, got \[72, 64\]; .* \[64, 64\]"),
+        ((0, 8), (), r"^image_size: expected multiples of 8.* nearest is \[8, 8\]"),
+    ],
+)
+def test_other_sizes_are_refused_with_the_nearest(size, unet, message):
+    with pytest.raises(ValueError, match=message):
+        check_sizes(size, autoencoder_channels=CHANNELS, unet_channels=unet)
+
+
+def test_latent_shape_follows_the_image():
+    check_sizes((64, 96), autoencoder_channels=CHANNELS, latent_shape=(3, 8, 12))
+    with pytest.raises(
+        ValueError, match=r"^latent_shape: expected \[3, 8, 12\] for image_size \[64, 96\], .*\[3, 8, 8\]"
+    ):
+        check_sizes((64, 96), autoencoder_channels=CHANNELS, latent_shape=(3, 8, 8))
+
+
+@pytest.mark.parametrize(("side", "largest"), [(64, 3), (128, 7), (160, 9), (176, 11), (512, 31)])
+def test_ms_ssim_window_must_fit_the_smallest_scale(side, largest):
+    """MONAI asks for more than (kernel - 1) * 16 pixels at 5 scales."""
+    check_sizes((side, side), autoencoder_channels=CHANNELS, ms_ssim_kernel_size=largest)
+    with pytest.raises(ValueError, match=rf"^ms_ssim_kernel_size: expected at most {largest} "):
+        check_sizes((side, side), autoencoder_channels=CHANNELS, ms_ssim_kernel_size=largest + 2)
