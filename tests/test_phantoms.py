@@ -379,3 +379,29 @@ def test_large_film_and_speed(patient: Anatomy) -> None:
     for seed in range(10):
         film_of(patient, Finding("left_opacity", "small", "left", "mid"), seed=seed)
     assert (time.process_time() - began) / 10 < 0.1, "2000 films should take about a minute"
+
+
+def test_canonical_prompts_replace_the_reports_and_nothing_else(tmp_path):
+    make_dataset(str(tmp_path / "report"), n=21, size=32)
+    make_dataset(str(tmp_path / "prompt"), n=21, size=32, text="prompt")
+    pairs = zip(
+        *(
+            [
+                item
+                for section in SECTIONS
+                for item in json.loads((tmp_path / name / "datalist.json").read_text())[section]
+            ]
+            for name in ("report", "prompt")
+        ),
+        strict=True,
+    )
+    for report, prompt in pairs:
+        assert prompt["text"].count(".") == 1
+        assert {key: prompt[key] for key in ("image", "subject")} == {key: report[key] for key in ("image", "subject")}
+        for side in ("left", "right"):
+            if side in prompt["text"]:
+                assert side in report["text"]
+        same = [(tmp_path / name / prompt["image"]).read_bytes() for name in ("report", "prompt")]
+        assert same[0] == same[1]
+    with pytest.raises(ValueError, match="text: expected report or prompt, got 'poem'"):
+        make_dataset(str(tmp_path / "x"), text="poem")

@@ -64,8 +64,8 @@ class ResumableCheckpoint:
 
     def _resume(self, engine: Any) -> None:
         if engine.state.rank == 0:
-            for path in remove_incomplete(self.save_dir):
-                logger.info("%s: removed, left by an interrupted write", path)
+            for stray in remove_incomplete(self.save_dir):
+                logger.info("%s: removed, left by an interrupted write", stray)
         if self.resume == "never":
             return
         content, path = self._read()

@@ -13,15 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FINDINGS = (
-    "no_finding",
-    "cardiomegaly",
-    "left_pleural_effusion",
-    "right_pleural_effusion",
-    "left_opacity",
-    "right_opacity",
-    "pneumothorax",
-)
+from shared.transforms.labels import FINDINGS as FINDINGS
+
 SEVERITIES = ("small", "large")
 SIDES = ("left", "right")
 ZONES = ("upper", "mid", "lower")

@@ -34,6 +34,7 @@ __all__ = [
     "write_report",
 ]
 
+TEXTS = ("report", "prompt")
 SECTIONS = ("training", "validation", "test")
 MAX_STUDIES = 4
 # last words of the seed sequence: independent streams for patients, items and the order of findings
@@ -46,6 +47,7 @@ def make_dataset(
     size: int = 128,
     seed: int = 0,
     split: Sequence[float] | str = (0.7, 0.15, 0.15),
+    text: str = "report",
     overwrite: bool = False,
 ) -> str:
     """Write a dataset folder: `images/*.png` (8-bit grey) and `datalist.json` (Decathlon form, relative paths).
@@ -61,13 +63,14 @@ def make_dataset(
         seed: seed of everything, >= 0.
         split: shares of training, validation and test, summing to 1; a section of share 0 stays empty. A string
             such as "0.7,0.15,0.15" is accepted.
+        text: `report` writes varied reports of several sentences, `prompt` the one canonical sentence of the finding.
         overwrite: replace a dataset that this function wrote into `out` before.
 
     Returns:
         Path of `datalist.json`.
 
     Raises:
-        ValueError: illegal `split`, `n`, `size` or `seed`.
+        ValueError: illegal `split`, `n`, `size`, `text` or `seed`.
         FileExistsError: `out` is not empty and `overwrite` is false.
     """
     shares = _check_split(split)
@@ -78,6 +81,8 @@ def make_dataset(
         raise ValueError(f"seed: expected an integer >= 0, got {seed}")
     if size < 32:
         raise ValueError(f"size: expected at least 32 pixels, got {size}; the ribs vanish below that")
+    if text not in TEXTS:
+        raise ValueError(f"text: expected {' or '.join(TEXTS)}, got {text!r}")
     patients = _patients(n, seed)
     bounds = _cut([studies for _, studies in patients], shares)
     folder = _prepare(Path(out), overwrite)
@@ -86,7 +91,8 @@ def make_dataset(
     first = [0]
     for number, (anatomy, studies) in enumerate(patients):
         for study in range(studies):
-            items.append(_write_item(folder, anatomy, number, study, index=len(items), size=size, seed=seed))
+            options: dict[str, Any] = {"index": len(items), "size": size, "seed": seed, "canonical": text == "prompt"}
+            items.append(_write_item(folder, anatomy, number, study, **options))
         first.append(len(items))
     datalist: dict[str, Any] = {
         "name": "cxr_ldm phantoms",
@@ -173,14 +179,21 @@ def _finding_of_item(index: int, seed: int) -> tuple[str, str]:
     return FINDINGS[finding], SEVERITIES[(first[finding] + half) % 2]
 
 
+def _canonical_prompt(finding: Finding) -> str:
+    named = {
+        name: value for name in ("severity", "side", "zone") if (value := getattr(finding, name)) not in (None, "none")
+    }
+    return finding_prompt(finding.name, **named)
+
+
 def _write_item(
-    folder: Path, anatomy: Anatomy, patient: int, study: int, *, index: int, size: int, seed: int
+    folder: Path, anatomy: Anatomy, patient: int, study: int, *, index: int, size: int, seed: int, canonical: bool
 ) -> dict[str, Any]:
     # text and picture have their own streams, so that the text of an item does not depend on the size
     what_rng, text_rng, image_rng = np.random.default_rng([seed, index, _ITEM]).spawn(3)
     name, severity = _finding_of_item(index, seed)
     finding = draw_finding(name, severity=severity, rng=what_rng)
-    text = write_report(finding, rng=text_rng)
+    text = _canonical_prompt(finding) if canonical else write_report(finding, rng=text_rng)
     image = render(anatomy, finding, size=size, rng=image_rng)
     subject = f"p{patient + 1:05d}"
     relative = f"images/{subject}_s{study + 1}.png"
