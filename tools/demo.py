@@ -66,7 +66,6 @@ def demo(bundle: str = "cxr_ldm", out: str = "demo", n: int = 200, threads: int 
     samples = {
         "prompt": prompts,
         "num_samples": 4,
-        "guidance_scale": 3,
         "batch_size": 14,
         "output_dir": root / "samples",
     }
