@@ -106,8 +106,13 @@ def _bundle_command(run_id: str, configs: list[str], options: Mapping[str, objec
     return [sys.executable, "-m", "monai.bundle", "run", run_id, f"--config_file=[{files}]", *arguments]
 
 
+def _quoted(word: str) -> str:
+    """A word as a person would type it: lists of files hold single quotes, so double ones go around."""
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\') else shlex.quote(word)
+
+
 def _step(title: str, command: list[str], folder: Path, environment: dict[str, str]) -> None:
-    shown = shlex.join(["python", *command[1:]])
+    shown = " ".join(["python", *(_quoted(word) for word in command[1:])])
     print(f"\n=== {title}\n$ cd {os.path.relpath(folder)} && {shown}", flush=True)
     started = time.monotonic()
     result = subprocess.run(command, cwd=folder, env=environment)
