@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -46,7 +47,10 @@ def test_parameters_curves_and_pictures_are_recorded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     uri = f"sqlite:///{tmp_path}/runs/mlflow.db"
     settings = {"seed": 3, "image_size": [4, 4]}
+    # pytest switches MLflow's telemetry off by itself, so only the variable can be looked at.
+    monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
     train(ExperimentTracker(uri, experiment="cxr_ldm test", run_name="first", settings=settings), tmp_path)
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
     from mlflow import MlflowClient
 
