@@ -315,3 +315,15 @@ def test_smoothing_does_not_lag() -> None:
     assert smoothed(line) == [(x, pytest.approx(y)) for x, y in line]
     noisy = [(float(x), float(x % 2)) for x in range(31)]
     assert all(abs(y - 0.5) < 0.06 for _, y in smoothed(noisy)[4:-4])
+
+
+def test_run_called_evaluation_is_found(tmp_path: Path) -> None:
+    """Where evaluate.json writes by default: runs/evaluation/evaluation/summary.json."""
+    make_training(tmp_path / "runs/diffusion", stage="diffusion", started="2026-01-31T10:00:00+00:00")
+    run = tmp_path / "runs/evaluation"
+    run.mkdir()
+    (run / "manifest.json").write_text('{"task": "cxr_ldm evaluation", "started": "2026-01-31T12:00:00+00:00"}')
+    add_evaluation(run)
+    found = find_runs(tmp_path / "runs")
+    assert [part.name for part in found] == ["diffusion", "evaluation"]
+    assert found[1].evaluation

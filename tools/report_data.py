@@ -105,7 +105,9 @@ def _folders(folder: Path, depth: int) -> Iterator[Path]:
     yield folder
     if depth > 0:
         for child in sorted(folder.iterdir()):
-            if child.is_dir() and child.name not in _NOT_RUNS and not child.name.startswith("."):
+            # A run may itself be called like a part of one: evaluate.json writes into runs/evaluation.
+            is_part = child.name in _NOT_RUNS and not (child / "manifest.json").is_file()
+            if child.is_dir() and not is_part and not child.name.startswith("."):
                 yield from _folders(child, depth - 1)
 
 
