@@ -10,6 +10,8 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
+from tqdm import tqdm
+
 logger = logging.getLogger(__name__)
 
 _FRAME = re.compile(r'^  File "(.*?)", line', re.MULTILINE)
@@ -39,6 +41,9 @@ def _report(kind: type[BaseException], error: BaseException, trace: TracebackTyp
     if isinstance(error, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return
+    # A bar that is still open would share the line with the message and wipe the terminal's last line at exit.
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
     cause = root_cause(error)
     full = "".join(traceback.format_exception(kind, error, trace))
     if _is_ours(cause):

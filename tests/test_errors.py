@@ -54,3 +54,17 @@ def test_foreign_error_keeps_its_traceback_and_names_its_cause(tmp_path):
     last = stderr.strip().splitlines()[-1]
     assert "ConfigExpression" not in last
     assert last.startswith(("RuntimeError", "ValueError"))
+
+
+def test_message_has_the_last_line_to_itself_beside_a_progress_bar(tmp_path):
+    program = """
+        from tqdm import tqdm
+        from shared.errors import show_cause_last
+        from shared.weights import load_weights
+        show_cause_last()
+        bar = tqdm(range(3))
+        next(iter(bar))
+        load_weights(None, "absent.pt")
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    assert result.stderr.splitlines()[-1].startswith("absent.pt: expected trained weights")
