@@ -79,8 +79,8 @@ def demo(bundle: str = "cxr_ldm", out: str = "demo", n: int = 200, threads: int 
             environment,
         )
     stages = {
-        "train_autoencoder": {"output_dir": root / "autoencoder", "max_epochs": 20},
-        "train": {"output_dir": root / "diffusion", "latent_cache_dir": root / "latents", "max_epochs": 40},
+        "train_autoencoder": {"output_dir": root / "autoencoder", "max_epochs": 50},
+        "train": {"output_dir": root / "diffusion", "latent_cache_dir": root / "latents", "max_epochs": 100},
     }
     for config, options in stages.items():
         shared = {"dataset_dir": data, "ckpt_dir": weights, "tracking_uri": f"sqlite:///{root}/mlflow.db"}
