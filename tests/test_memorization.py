@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from shared.metrics.measures import Memorization
 from shared.metrics.memorization import describe, find_copies, nearest_neighbours
 
 
@@ -95,3 +96,11 @@ def test_bad_input_is_named() -> None:
         describe([])
     with pytest.raises(ValueError, match=r"batches: expected \(B, 1, H, W\)"):
         describe([torch.zeros(3, 8, 8)])
+
+
+def test_note_states_the_chance_that_few_held_out_images_allow():
+    """With 9 held-out images a sample is nearer than all of them once in 10, whatever percentile is asked for."""
+    images = torch.rand(29, 1, 48, 48, generator=torch.Generator().manual_seed(0))
+    training = [{"image": image} for image in images[:10]]
+    measurement = Memorization(training)({"pred": images[10:20], "image": images[20:29]})
+    assert "about 10 % per view by chance" in measurement.rows[0]["note"]

@@ -226,9 +226,11 @@ class Memorization:
         report = find_copies(samples, training, held_out, percentile=self.percentile)
         n, m = len(report.flagged), len(held_out["pixel"])
         views = ", ".join(report.distances)
+        # Below the smallest of m held-out distances lies one in m + 1 by chance, however small the percentile.
+        chance = max(self.percentile, 100.0 / (m + 1))
         protocol = (
             f"nearer to one of {report.num_training} training images than percentile {self.percentile:g} of {m} "
-            f"held-out images, in any view of {views}; about {self.percentile:g} % per view by chance; look at each"
+            f"held-out images, in any view of {views}; about {chance:.2g} % per view by chance; look at each"
         )
         rows = [summary_row(self.name, wilson_interval(int(report.flagged.sum()), n), protocol)]
         columns: dict[str, Sequence[Any]] = {"near_copy": report.flagged.astype(int).tolist()}
