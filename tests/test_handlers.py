@@ -245,6 +245,26 @@ def test_average_follows_its_formula_and_leaves_frozen_bits():
     assert not any(parameter.requires_grad for parameter in ema.ema_model.parameters())
 
 
+def test_average_counts_optimizer_steps_when_gradients_are_accumulated():
+    """4 iterations an epoch, 3 accumulated: steps after the third and the last, so two an epoch."""
+    network = HalfFrozen()
+    ema = TrainedWeightsAverage(network, decay=0.9)
+    trainer, _, _ = make_trainer([ema], network, epochs=2, accumulation_steps=3)
+    expected, steps, changes = network.trained.weight.detach().clone(), 0, []
+
+    def follow(engine):
+        nonlocal expected, steps
+        if engine.state.iteration in (3, 4, 7, 8):
+            steps += 1
+            decay = min(0.9, (1 + steps) / (10 + steps))
+            expected = expected * decay + network.trained.weight.detach() * (1 - decay)
+        changes.append(torch.allclose(ema.ema_model.trained.weight, expected, rtol=1e-5))
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, follow)
+    trainer.run()
+    assert changes == [True] * 8
+
+
 def test_best_weights_are_finite_described_and_resumable(tmp_path, caplog):
     network = linear()
     best = SaveBest(tmp_path / "model.pt", network, "error")

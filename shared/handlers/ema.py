@@ -10,13 +10,15 @@ from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler
 from torch import nn
 
+from shared.handlers.accumulation import completed_steps, completes_step
+
 
 class TrainedWeightsAverage(EMAHandler):
     """``ignite.handlers.EMAHandler`` for networks with frozen parts, with a warm-up that depends on the step alone.
 
     ignite averages every parameter, which rewrites frozen ones by rounding, one kernel per tensor; and its warm-up is
     linear. Here only parameters that take a gradient are averaged, in one fused operation, and the rest is copied. The
-    decay after ``n`` steps is ``min(decay, (1 + n) / (10 + n))``: early averages forget the random start.
+    decay after ``n`` optimizer steps is ``min(decay, (1 + n) / (10 + n))``: early averages forget the random start.
 
     Args:
         model: network whose copy ``ema_model`` holds the average; made at construction, so load pretrained weights
@@ -43,7 +45,9 @@ class TrainedWeightsAverage(EMAHandler):
 
     @torch.no_grad()
     def _update(self, engine: Engine) -> None:
-        step = engine.state.iteration
+        if not completes_step(engine):
+            return
+        step = completed_steps(engine)
         decay = min(self.decay, (1.0 + step) / (10.0 + step))
         pairs = zip(self.ema_model.parameters(), self.model.parameters(), strict=True)
         averages, parameters = zip(*((a, p) for a, p in pairs if p.requires_grad), strict=True)

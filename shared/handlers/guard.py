@@ -13,6 +13,8 @@ from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from monai.utils import StrEnum
 
+from shared.handlers.accumulation import completes_step
+
 logger = logging.getLogger(__name__)
 
 
@@ -58,11 +60,11 @@ class GradientGuard:
     def _check(self, engine: Any) -> None:
         optimizer = getattr(engine, "stepping", engine.optimizer)
         if engine.amp and engine.scaler is not None and engine.scaler.is_enabled():
-            if not _steps_now(engine):
+            if not completes_step(engine):
                 return
             engine.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        limit = self.max_norm if self.max_norm is not None and _steps_now(engine) else float("inf")
+        limit = self.max_norm if self.max_norm is not None and completes_step(engine) else float("inf")
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         if optimizer is engine.optimizer:
             # The curve shows the network's norm, not that of a discriminator which steps after it.
@@ -104,11 +106,3 @@ def batch_files(batch: Any) -> list[str]:
             ids = item["item_id"]
             names.extend(f"item {index}" for index in ([ids] if isinstance(ids, str) else ids))
     return list(dict.fromkeys(names))
-
-
-def _steps_now(engine: Any) -> bool:
-    """Whether this iteration ends in an optimizer step (with accumulation, most do not)."""
-    steps = engine.accumulation_steps
-    length = engine.state.epoch_length
-    position = (engine.state.iteration - 1) % length + 1 if length else engine.state.iteration
-    return position % steps == 0 or position == length
