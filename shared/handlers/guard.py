@@ -84,8 +84,8 @@ class GradientGuard:
         message = (
             f"{files}: expected a finite loss and gradient, got loss {loss} (terms {terms}) and gradient "
             f"norm {norm} in epoch {engine.state.epoch}, iteration {engine.state.iteration}; the weights are unchanged."
-            " Check these files with `python -m tools.check_data`, lower learning_rate, or set the guard's policy to "
-            "skip."
+            " Check these files with `python -m tools.check_data`, lower learning_rate, or give "
+            "--non_finite_policy skip."
         )
         self._skipped += 1
         if self.policy == NonFinitePolicy.STOP or self._skipped > self.max_skips:
