@@ -16,11 +16,13 @@ from PIL import Image, UnidentifiedImageError
 
 from shared.datalist import FILE_NAME, PATH_KEYS, find_leaks, read_datalist
 from shared.files import sha256_of_file
+from shared.pair_checks import check_same_grid
 from shared.transforms.images import read_radiograph
 
 _VOLUMES = (".nii", ".nii.gz")
 _PICTURES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".tif", ".tiff", ".bmp")
 _LABELS = ("label", "mask")  # may be constant: no tumour, whole image
+_SAME_GRID = {"image": ("label",), "t1w": ("flair", "t2w", "pdw", "mask"), "dwi": ("mask",)}  # first key: reference
 
 
 @dataclass
@@ -39,12 +41,16 @@ class DataCheck:
         return f"{count or 'no'} problem{'' if count == 1 else 's'} in {total} items ({sections}), {self.files} files"
 
 
-def check_volume(path: str | os.PathLike, *, constant_ok: bool = False) -> tuple[int, ...]:
-    """Read a NIfTI file completely and return its shape.
+def read_volume(path: str | os.PathLike, *, constant_ok: bool = False) -> tuple[np.ndarray, Any]:
+    """Read a NIfTI file completely and check what any use of it needs.
+
+    Returns:
+        Voxels as they are stored with the header's slope applied (any numeric type), and the nibabel image for its
+        affine and header.
 
     Raises:
-        ValueError: unreadable, empty, NaN or infinite voxels, constant, or an affine that is not finite and
-            invertible. The message starts with the path.
+        ValueError: unreadable, empty, not numbers, NaN or infinite voxels, constant, or an affine that is not finite
+            and invertible. The message starts with the path.
     """
     try:
         image: Any = nibabel.load(path)
@@ -55,6 +61,8 @@ def check_volume(path: str | os.PathLike, *, constant_ok: bool = False) -> tuple
         ) from error
     if 0 in values.shape:
         raise ValueError(f"{path}: expected voxels, but got the shape {values.shape}; export it anew")
+    if values.dtype.kind not in "buif":
+        raise ValueError(f"{path}: expected one real number per voxel, but got {values.dtype}; export it as grey image")
     if not np.isfinite(values).all():
         count = int((~np.isfinite(values)).sum())
         raise ValueError(f"{path}: expected finite voxels, but {count} are NaN or infinite; repair or remove the item")
@@ -63,7 +71,12 @@ def check_volume(path: str | os.PathLike, *, constant_ok: bool = False) -> tuple
     affine = np.asarray(image.affine, dtype=float)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise ValueError(f"{path}: expected a finite, invertible affine, but got {affine.tolist()}; export it anew")
-    return tuple(values.shape)
+    return values, image
+
+
+def check_volume(path: str | os.PathLike, *, constant_ok: bool = False) -> tuple[int, ...]:
+    """Read a NIfTI file completely and return its shape; raises what `read_volume` raises."""
+    return tuple(read_volume(path, constant_ok=constant_ok)[0].shape)
 
 
 def check_image(path: str | os.PathLike, *, constant_ok: bool = False) -> tuple[int, ...]:
@@ -77,6 +90,11 @@ def check_image(path: str | os.PathLike, *, constant_ok: bool = False) -> tuple[
         if constant_ok and "all pixels are" in str(error):
             return (0, 0)
         raise
+
+
+def _affine(path: Path) -> np.ndarray:
+    image: Any = nibabel.load(path)
+    return np.asarray(image.affine, dtype=float)
 
 
 def _of_channels(count: int) -> str:
@@ -159,18 +177,26 @@ class _Checker:
         if not any(key in item for key in PATH_KEYS):
             self.result.problems.append(f"{where}: expected a file key ({', '.join(PATH_KEYS)}), but it has none")
         self.result.problems.extend(_check_text(where, item, self.folder))
-        shapes: dict[str, tuple[int, ...]] = {}
+        grids: dict[str, list[tuple[Path, tuple[int, ...]]]] = {}
         for key in PATH_KEYS:
             for written in _paths(item, key):
                 shape = self.check_file(where, section, key, written)
                 if shape is not None:
-                    shapes[key] = shape
-        for first, second in (("image", "label"), ("t1w", "flair"), ("flair", "mask"), ("dwi", "mask")):
-            if first in shapes and second in shapes and shapes[first][:3] != shapes[second][:3]:
-                self.result.problems.append(
-                    f"{self.folder / _paths(item, second)[0]}: expected the grid of {first!r} {shapes[first]}, "
-                    f"but got {shapes[second]}; resample it"
-                )
+                    grids.setdefault(key, []).append((self.folder / written, shape))
+        for first, seconds in _SAME_GRID.items():
+            for second in seconds:
+                for file, shape in grids.get(second, []) if first in grids else []:
+                    self.check_pair(first, grids[first][0], file, shape)
+
+    def check_pair(self, first: str, reference: tuple[Path, tuple[int, ...]], file: Path, shape: Sequence[int]) -> None:
+        """Compare the grids of two files of an item: shapes, and for two volumes also affines."""
+        volumes = all(path.name.lower().endswith(_VOLUMES) for path in (reference[0], file))
+        affines = [_affine(path) if volumes else np.eye(4) for path in (reference[0], file)]
+        try:
+            check_same_grid(file, shape, affines[1], reference=repr(first), reference_shape=reference[1],
+                            reference_affine=affines[0])  # fmt: skip
+        except ValueError as error:
+            self.result.problems.append(str(error))
 
     def compare(self, sections: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         """What only the whole list shows: mixed kinds of files, images or subjects in two sections."""
@@ -201,7 +227,8 @@ def check_dataset(dataset_dir: str | os.PathLike, *, images: bool = True) -> Dat
 
     Found: missing and empty files, keys that most items have but one lacks, empty texts and reports, subjects in two
     sections; with `images` also unreadable, non-finite and constant images, mixed channels or dimensions within a key,
-    grids that differ within an item, and images of equal content (SHA-256 of the file) in two sections.
+    grids (shape, orientation, affine) that differ within an item, and images of equal content (SHA-256 of the file) in
+    two sections.
 
     Args:
         dataset_dir: folder with `datalist.json`.

@@ -17,7 +17,8 @@ from shared.files import save_json
 
 FILE_NAME = "datalist.json"
 SECTIONS = ("training", "validation", "test")
-PATH_KEYS = ("image", "label", "report", "t1w", "flair", "mask", "dwi", "bval", "bvec", "ndi", "odi", "fwf")
+PATH_KEYS = ("image", "label", "report", "t1w", "flair", "t2w", "pdw", "mask",
+             "dwi", "bval", "bvec", "ndi", "odi", "fwf")  # fmt: skip
 
 
 def _as_paths(value: object) -> list[str] | None:

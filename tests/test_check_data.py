@@ -160,6 +160,46 @@ def test_volumes(tmp_path):
         assert message in problem
 
 
+def test_pairs_on_other_grids(tmp_path):
+    rng = np.random.default_rng(0)
+    affine = np.diag([1.0, 1.5, 2.0, 1.0])
+    flipped, moved = affine.copy(), affine.copy()
+    flipped[0] *= -1
+    moved[1, 3] = 4
+    items = []
+    for index in range(6):
+        item = {"subject": str(index), "flair": [f"{index}_flair.nii", f"{index}_t2w.nii"]}
+        item |= {"t1w": f"{index}_t1w.nii", "mask": f"{index}_mask.nii"}
+        for name in (item["t1w"], *item["flair"], item["mask"]):
+            volume(tmp_path / name, rng.random((4, 5, 6)), affine)
+        items.append(item)
+    volume(tmp_path / "1_flair.nii", rng.random((4, 5, 6)), flipped)
+    volume(tmp_path / "2_mask.nii", rng.random((4, 5, 6)), moved)
+    volume(tmp_path / "3_t2w.nii", rng.random((4, 5, 7)), affine)
+    found = problems(tmp_path, {"training": items})
+    assert len(found) == 3
+    assert found[0].startswith(
+        f"{tmp_path / '1_flair.nii'}: expected the orientation RAS of 't1w', but got LAS; reorient"
+    )
+    assert found[1].startswith(f"{tmp_path / '2_mask.nii'}: expected the origin (0, 0, 0) of 't1w', but got (0, 4, 0)")
+    assert found[2].startswith(f"{tmp_path / '3_t2w.nii'}: expected the grid of 't1w' (4, 5, 6), but got (4, 5, 7)")
+    assert "register it" in found[1]
+
+
+def test_pictures_of_a_pair_have_one_size(tmp_path):
+    picture(tmp_path / "a.png", 1)
+    picture(tmp_path / "b.png", 2, (16, 12))
+    (problem,) = problems(tmp_path, {"training": [{"t1w": "a.png", "flair": "b.png", "subject": "1"}]})
+    assert problem.startswith(f"{tmp_path / 'b.png'}: expected the grid of 't1w' (12, 16, 1), but got (16, 12, 1)")
+
+
+def test_voxels_must_be_numbers(tmp_path):
+    colours = np.zeros((3, 4, 5), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    nibabel.Nifti1Image(colours, np.eye(4)).to_filename(tmp_path / "a.nii")
+    with pytest.raises(ValueError, match=r"a\.nii: expected one real number per voxel, but got"):
+        check_volume(tmp_path / "a.nii")
+
+
 def test_an_affine_that_cannot_be_inverted(tmp_path):
     image = nibabel.Nifti1Image(np.random.default_rng(0).random((3, 3, 3)).astype(np.float32), np.eye(4))
     image.header["sform_code"], image.header["qform_code"] = 2, 0
