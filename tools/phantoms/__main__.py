@@ -2,15 +2,16 @@
 """Command line: write the embedded sample data of a bundle.
 
 python -m tools.phantoms cxr_ldm --out DIR --n 200 [--size 128] [--seed 0] [--split 0.7,0.15,0.15]
+python -m tools.phantoms brain_controlnet --out DIR --n 40 [--size 80,112,24] [--spacing 2] [--seed 0] [--lesions 0.5]
 """
 
 from __future__ import annotations
 
 import fire
 
-from tools.phantoms import cxr_ldm
+from tools.phantoms import brain_controlnet, cxr_ldm
 
-BUNDLES = {"cxr_ldm": cxr_ldm.make_dataset}
+BUNDLES = {"cxr_ldm": cxr_ldm.make_dataset, "brain_controlnet": brain_controlnet.make_dataset}
 
 
 def main(command: list[str] | None = None) -> None:
