@@ -7,16 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shared.reports import report_sentences, split_sentences
-from tools.prepare.radiographs import (
-    IMAGE_SUFFIXES,
-    Candidate,
-    Preparation,
-    check_folder,
-    check_options,
-    decode_text,
-    finish,
-    read_table,
-)
+from tools.prepare.preparation import Preparation, check_folder, decode_text, read_table
+from tools.prepare.radiographs import IMAGE_SUFFIXES, Candidate, check_options, finish
 
 
 def _text(raw: str) -> str:

@@ -10,16 +10,8 @@ from typing import Any
 
 from shared.label_sentences import CHEXPERT_LABELS, label_sentences
 from shared.reports import report_sentences
-from tools.prepare.radiographs import (
-    Candidate,
-    Preparation,
-    check_folder,
-    check_options,
-    decode_text,
-    finish,
-    positive_labels,
-    read_table,
-)
+from tools.prepare.preparation import Preparation, check_folder, decode_text, read_table
+from tools.prepare.radiographs import Candidate, check_options, finish, positive_labels
 
 LICENCE = "PhysioNet Credentialed Health Data License 1.5.0: images and text must not be passed on"
 

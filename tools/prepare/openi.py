@@ -8,15 +8,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from shared.reports import report_sentences
-from tools.prepare.radiographs import (
-    IMAGE_SUFFIXES,
-    Candidate,
-    Preparation,
-    check_folder,
-    check_options,
-    finish,
-    read_table,
-)
+from tools.prepare.preparation import Preparation, check_folder, read_table
+from tools.prepare.radiographs import IMAGE_SUFFIXES, Candidate, check_options, finish
 
 _VIEWS = {"frontal": "frontal", "pa": "frontal", "ap": "frontal", "lateral": "lateral", "l": "lateral", "ll": "lateral"}
 
