@@ -107,6 +107,24 @@ ASSETS: tuple[Asset, ...] = (
             "(shared.metrics.features.convert_xrv_checkpoint). evaluate.json reads the result."
         ),
     ),
+    Asset(
+        name="radimagenet-resnet50",
+        path="RadImageNet-ResNet50_notop.pth",
+        purpose="network (ResNet-50 trained on RadImageNet, from Keras) behind the published FID of brain images",
+        used_by="shared.metrics.features_radimagenet.RadImageNetFeatures",
+        without=(
+            "use features of your own autoencoder (shared.metrics.features_autoencoder.AutoencoderFeatures); such a "
+            "distance cannot be compared with the published one"
+        ),
+        licence="not stated for the weights; the code of BMEII-AI/RadImageNet is under the MIT licence",
+        url="https://huggingface.co/MONAI/checkpoints/resolve/main/RadImageNet-ResNet50_notop.pth",
+        note=(
+            "We have no copy and therefore state no checksum; the address was read in public code and not tried. The "
+            "published evaluation took the file of the same name through torch.hub Warvito/radimagenet-models. "
+            "The authors' PyTorch release (ResNet50.pt, github.com/BMEII-AI/RadImageNet) is read too and is another "
+            "network: its distances are reported under another name."
+        ),
+    ),
 )
 
 

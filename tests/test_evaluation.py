@@ -28,7 +28,9 @@ from shared.metrics.measures import (
     SampleDiversity,
 )
 from shared.metrics.prompt_measures import CHEXPERT_TO_XRV, Agreement, PathologyAgreement
+from shared.metrics.translation import TranslationQuality
 from shared.transforms.labels import LabelsToTextd
+from shared.transforms.volumes import for_display
 
 NAMES = ("left", "right", "none")
 HEIGHT, WIDTH = 48, 40
@@ -366,3 +368,99 @@ def test_labels_that_cannot_be_judged_leave_one_row(tmp_path: Path) -> None:
     assert row["note"] == "not judged, unknown to the classifier: finding, severity"
     with pytest.raises(ValueError, match=r"labels\.Edema: expected 1, 0 or -1 \(uncertain\), got 'severe'"):
         measure({"pred": pictures, "labels": [{"Edema": "severe"}] * 4})
+
+
+def _slices(n: int = 12, *, channels: int = 1) -> list[dict[str, Any]]:
+    """Brain-like items: three subjects, an image under another key, further images of any type, plain values."""
+    items = []
+    for i in range(n):
+        flair, mask = torch.rand(channels, HEIGHT, WIDTH), torch.zeros(1, HEIGHT, WIDTH, dtype=torch.bool)
+        mask[:, 8:40, 8:32] = i != 3
+        subject = f"SMITH^JOHN {i // 4}"
+        items.append({"image": torch.zeros(1), "t1w": _picture("left", i), "flair": flair, "mask": mask}
+                     | {"subject": subject, "slice": i % 4, "weight": 0.5 * i})  # fmt: skip
+    return items
+
+
+class _Copy:
+    note = "the condition image itself"
+
+    def __call__(self, condition: torch.Tensor) -> torch.Tensor:
+        return condition[:, :1]
+
+
+BRAIN: dict[str, Any] = {
+    "image_key": "t1w",
+    "extra_keys": {"condition": "flair", "mask": "mask", "pred_sd": "pred_sd"},
+    "info_keys": ["subject", "slice", "weight"],
+}
+
+
+@pytest.mark.parametrize("decollate", [True, False])
+def test_translation_end_to_end(tmp_path: Path, caplog: pytest.LogCaptureFixture, decollate: bool) -> None:
+    seen: dict[str, Any] = {}
+
+    def keep(collected: Any) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
+        seen.update(collected)
+        line = {"subject": collected["info"]["subject"][0], "session": None, "value": 0.25}
+        return [], {}, {"more": [line, {"value": 1, "further": "x"}], "per_subject": [], "none": []}
+
+    items = _slices(channels=2)
+    measures = [keep, ReconstructionMsssim(**SSIM), TranslationQuality(baselines={"FLAIR copied": _Copy()}, **SSIM)]
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "none.csv").write_text("of an earlier evaluation")
+    options = {**BRAIN, "display": for_display, "reconstruct": _blurred, "decollate": decollate}
+    with caplog.at_level(logging.INFO):
+        evaluator = _run(tmp_path, measures, items=items, **options)
+
+    assert torch.equal(seen["condition"], torch.stack([item["flair"] for item in items]))
+    assert torch.equal(seen["mask"], torch.stack([item["mask"].float() for item in items]))
+    assert "pred_sd" not in seen  # no item has one
+    for key in BRAIN["info_keys"]:
+        assert seen["info"][key] == [item[key] for item in items]
+
+    rows = json.loads((tmp_path / "evaluation" / "summary.json").read_text())
+    row = next(row for row in rows if row["name"] == "PSNR (dB) in the brain, ControlNet")
+    assert (row["n"], row["method"], row["measure"]) == (3, "ControlNet", "brain_psnr")
+    assert "11 slices of 3 subjects" in row["note"]
+    assert evaluator.state.metrics[row["name"]] == row["value"]
+
+    digest = hashlib.sha256(b"SMITH^JOHN 1").hexdigest()[:12]
+    table = _per_image(tmp_path)
+    assert list(table[5])[:6] == ["row", "image_id", "subject", "slice", "weight", "reconstruction_ms_ssim"]
+    assert (table[5]["subject"], table[5]["slice"], table[5]["weight"]) == (digest, "1", "2.5")
+    assert table[3]["brain_psnr"] == ""
+    with (tmp_path / "evaluation" / "per_subject.csv").open(newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["method"] == "ControlNet"]
+    assert [line["slices"] for line in lines] == ["4", "4", "4"]
+    assert lines[1]["subject"] == digest
+    psnr = [float(row["psnr"]) for row in table[4:8]]
+    assert float(lines[1]["psnr"]) == pytest.approx(np.mean(psnr), rel=1e-4)
+    first = hashlib.sha256(b"SMITH^JOHN 0").hexdigest()[:12]
+    more = (tmp_path / "evaluation" / "more.csv").read_text().splitlines()
+    assert more == ["subject,session,value,further", f"{first},,0.25,", ",,1,x"]
+    assert not (tmp_path / "evaluation" / "none.csv").exists()
+    texts = [path.read_text() for path in (tmp_path / "evaluation").glob("*.[jc]*")] + [caplog.text]
+    assert not any("SMITH" in text for text in texts)
+
+    picture = np.asarray(Image.open(tmp_path / "evaluation" / "translation.png"), dtype=np.float32) / 255
+    assert picture.shape == (6 * (WIDTH + 2) - 2, 5 * (HEIGHT + 2) - 2)  # 2 contrasts and 3, turned; 32 // 5 lines
+    generated = picture[:WIDTH, 2 * (HEIGHT + 2) : 3 * (HEIGHT + 2) - 2]
+    np.testing.assert_allclose(generated, for_display(seen["pred"][0, 0]), atol=1 / 255)
+    assert (tmp_path / "evaluation" / "failures.png").exists()
+
+
+def test_further_images_have_the_size_of_the_others(tmp_path: Path) -> None:
+    items = _slices(7) + _slices(7, channels=2)  # the second batch
+    with pytest.raises(ValueError, match=r"flair: expected \(1, 48, 40\), the size .* got \(2, 48, 40\) in row 7"):
+        _run(tmp_path, [], items=items, **BRAIN)
+    items = [{**item, "flair": item["flair"][..., :30]} for item in _slices()]
+    with pytest.raises(ValueError, match=r"flair: expected \(C, 48, 40\), the size .* got \(1, 48, 30\) in row 0"):
+        _run(tmp_path, [], items=items, **BRAIN)
+    items = [{**item, "flair": item["flair"] / 0} for item in _slices()]
+    with pytest.raises(ValueError, match="flair: expected finite values, got NaN or Inf in row 0"):
+        _run(tmp_path, [], items=items, **BRAIN)
+    with pytest.raises(ValueError, match=r"subject: expected text or a number, got list; remove it from info_keys"):
+        _run(tmp_path, [], items=[{**item, "subject": ["a", "b"]} for item in _slices(2)], **BRAIN)
+    with pytest.raises(ValueError, match=r"extra_keys: expected names of their own, got \['labels', 'pred'\]"):
+        GenerativeEvaluation(tmp_path, [], extra_keys={"pred": "a", "labels": "b"})

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.metrics.features import ClassifierFeatures, XrvDenseNetFeatures, _xrv_densenet, convert_xrv_checkpoint
+from shared.metrics.features import (
+    ClassifierFeatures,
+    XrvDenseNetFeatures,
+    _xrv_densenet,
+    choose_features,
+    convert_xrv_checkpoint,
+)
 from shared.networks.finding_classifier import FindingClassifier
 from tools import convert_checkpoint
 
@@ -138,3 +144,34 @@ def test_classifier_features_say_whose_they_are(tmp_path: Path) -> None:
     assert extractor.network.training  # the mode of a network in training is restored
     with pytest.raises(FileNotFoundError, match=r"gone.pt: .* Train the classifier first"):
         ClassifierFeatures(FindingClassifier(), weights_path=tmp_path / "gone.pt")
+
+
+class _Named:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)
+
+
+def test_features_are_chosen_by_their_file_and_the_choice_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "weights.pt"
+
+    def unused(*paths: str) -> _Named:
+        raise AssertionError("only the chosen extractor is built")
+
+    chosen = choose_features(path, preferred=unused, fallback=lambda: _Named("own features"))
+    assert chosen.name == "own features"
+    assert f"{path}: no file, so distances are measured with own features instead" in caplog.text
+    caplog.clear()
+    path.write_bytes(b"")
+    assert choose_features(path, preferred=_Named, fallback=unused).name == str(path)
+    assert caplog.text == ""
+
+    def damaged(file: str) -> _Named:
+        raise ValueError(f"{file}: damaged")
+
+    with pytest.raises(ValueError, match="weights.pt: damaged"):  # a damaged file is no absent file
+        choose_features(path, preferred=damaged, fallback=unused)

@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
+import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor, decollate_batch
 from monai.utils import ImageMetaKey
 
 from shared.files import atomic_path, save_json
-from shared.handlers.previews import save_grid
+from shared.handlers.evaluation_pictures import write_pictures
 
 logger = logging.getLogger(__name__)
 
-# A measure takes what was collected and returns (summary rows, per-image columns); see shared.metrics.measures.
-Measure = Callable[[Mapping[str, Any]], tuple[list[dict[str, Any]], dict[str, Sequence[Any]]]]
+# A measure takes what was collected and returns summary rows, per-image columns and, where it has them, tables; see
+# Measurement and TabledMeasurement in shared.metrics.measures.
+Measure = Callable[[Mapping[str, Any]], tuple[Any, ...]]
 
 
 class GenerativeEvaluation:
@@ -39,8 +41,8 @@ class GenerativeEvaluation:
     - ``per_image.csv``: a row per image: its number, the first 12 digits of the SHA-256 of its path, and the measures'
       columns. Neither file names nor subjects; but whoever has the data set, or can guess its paths, can recompute the
       digits: they are pseudonyms;
-    - ``samples.png``; ``reconstructions.png`` (real over reconstruction); ``failures.png`` (worst reconstructions under
-      their originals, then samples whose finding is not the prompted one under the real image of that row).
+    - ``<name>.csv``: tables that measures hand over, such as ``per_subject.csv``;
+    - pictures, see :mod:`shared.handlers.evaluation_pictures`.
 
     The values also go to ``engine.state.metrics``. All images are kept in memory until then (4 H W bytes per image and
     key). Runs in one process: the measures need the whole set.
@@ -52,6 +54,13 @@ class GenerativeEvaluation:
         pred_key: generated sample; likewise.
         reconstruction_key: reconstruction; likewise, and optional.
         reconstruct: makes the reconstruction from real images (B, 1, H, W) where the key is absent; None leaves it out.
+        extra_keys: name under which measures find it -> key of a further image (C, H, W) of any channel count, looked
+            up like the others, such as ``{"condition": "flair", "mask": "mask"}``. Kept as it is; not collected where
+            no item has it.
+        info_keys: item keys of plain values (text or numbers), such as ``["subject", "slice"]``. Measures find the
+            lists in ``collected["info"]``; the files have a column each, in which text is replaced by the first 12
+            digits of its SHA-256.
+        display: turns pictures (N, 1, H, W) the way people look at them; None shows them as they are stored.
         label_key: labels of the item in the batch, a dictionary or its JSON text
             (``shared.transforms.labels.LabelsToTextd``); optional.
         path_key: item key with the image's path; None takes the image's metadata.
@@ -61,7 +70,7 @@ class GenerativeEvaluation:
 
     Raises:
         ValueError: when an image has another shape than the first, or a value that is not finite, or labels are no
-            dictionary; the message starts with the key.
+            dictionary, or an info value is neither text nor a number; the message starts with the key.
         RuntimeError: when run by several processes.
     """
 
@@ -74,6 +83,9 @@ class GenerativeEvaluation:
         pred_key: str = "pred",
         reconstruction_key: str = "reconstruction",
         reconstruct: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        extra_keys: Mapping[str, str] | None = None,
+        info_keys: Sequence[str] = (),
+        display: Callable[[torch.Tensor], torch.Tensor] | None = None,
         label_key: str = "labels",
         path_key: str | None = None,
         dataset_dir: str | os.PathLike | None = None,
@@ -83,6 +95,9 @@ class GenerativeEvaluation:
         self.folder = Path(output_dir) / "evaluation"
         self.measures = list(measures)
         self.keys = {"image": image_key, "pred": pred_key, "reconstruction": reconstruction_key}
+        self.extra_keys, self.info_keys, self.display = dict(extra_keys or {}), tuple(info_keys), display
+        if taken := self.extra_keys.keys() & {*self.keys, "labels", "info", "clamped", "features"}:
+            raise ValueError(f"extra_keys: expected names of their own, got {sorted(taken)}; choose other names")
         self.reconstruct, self.label_key, self.path_key = reconstruct, label_key, path_key
         self.dataset_dir = dataset_dir
         self.columns, self.grid_images = columns, grid_images
@@ -96,6 +111,8 @@ class GenerativeEvaluation:
 
     def _reset(self) -> None:
         self._images: dict[str, list[torch.Tensor]] = {name: [] for name in self.keys}
+        self._extras: dict[str, list[torch.Tensor]] = {name: [] for name in self.extra_keys}
+        self._info: dict[str, list[Any]] = {key: [] for key in self.info_keys}
         self._outside = dict.fromkeys(self.keys, 0)
         self._labels: list[Any] = []
         self._ids: list[str] = []
@@ -109,26 +126,30 @@ class GenerativeEvaluation:
         outputs, items = _items(engine.state.output), _items(engine.state.batch)
         if len(items) != len(outputs):
             raise ValueError(f"engine.state.output: expected one per batch item ({len(items)}), got {len(outputs)}")
-        rows: dict[str, list[torch.Tensor]] = {name: [] for name in self.keys}
+        keys = {**self.keys, **self.extra_keys}
+        rows: dict[str, list[torch.Tensor]] = {name: [] for name in keys}
         for output, item in zip(outputs, items, strict=True):
             image = None
-            for name, key in self.keys.items():
-                value = _find_image(key, output, item)
+            for name, key in keys.items():
+                value = _find_image(key, output, item, floating=name in self.keys)
                 image = value if name == "image" else image
                 if value is not None:
                     rows[name].append(value)
             self._labels.append(_labels(self.label_key, item))
             self._ids.append(self._identity(image, item))
+            for key, values in self._info.items():
+                values.append(_plain_value(key, item.get(key, output.get(key))))
         if self.reconstruct is not None and not rows["reconstruction"] and rows["image"]:
             real = torch.stack([_plain(image) for image in rows["image"]]).clamp(0, 1)
             with torch.no_grad():
                 rows["reconstruction"] = list(self.reconstruct(real.to(engine.state.device)))
         for name, images in rows.items():
             if images and len(images) != len(outputs):
-                key = self.keys[name]
-                raise ValueError(f"{key}: expected it in every item or in none, got {len(images)} of {len(outputs)}")
+                raise ValueError(
+                    f"{keys[name]}: expected it in every item or in none, got {len(images)} of {len(outputs)}"
+                )
             for image in images:
-                self._add(name, _plain(image))
+                (self._add if name in self.keys else self._add_extra)(name, _plain(image))
 
     def _add(self, name: str, image: torch.Tensor) -> None:
         row, key = len(self._images[name]), self.keys[name]
@@ -143,6 +164,19 @@ class GenerativeEvaluation:
         self._outside[name] += int(((image < -1e-6) | (image > 1 + 1e-6)).sum())
         self._images[name].append(image.clamp(0, 1))
 
+    def _add_extra(self, name: str, image: torch.Tensor) -> None:
+        row, key = len(self._extras[name]), self.extra_keys[name]
+        side = next((images[0].shape[1:] for images in self._images.values() if images), image.shape[1:])
+        expected = (self._extras[name][0].shape[0] if row else "C", *side)
+        if image.ndim != 3 or image.shape[1:] != side or (row and image.shape[0] != expected[0]):
+            raise ValueError(
+                f"{key}: expected ({', '.join(map(str, expected))}), the size of the other images, got "
+                f"{tuple(image.shape)} in row {row}; resize or crop the images together in preprocessing"
+            )
+        if not torch.isfinite(image).all():
+            raise ValueError(f"{key}: expected finite values, got NaN or Inf in row {row}")
+        self._extras[name].append(image)
+
     def _identity(self, image: Any, item: Mapping[str, Any]) -> str:
         """First 12 digits of the SHA-256 of the path, "" where none is known."""
         path: Any = item.get(self.path_key) if self.path_key is not None else None
@@ -154,24 +188,32 @@ class GenerativeEvaluation:
             return ""
         if self.dataset_dir is not None:
             path = os.path.relpath(path, self.dataset_dir)
-        return hashlib.sha256(Path(str(path)).as_posix().encode()).hexdigest()[:12]
+        return _digest(Path(str(path)).as_posix())
 
     def _finish(self, engine: Any) -> None:
         if not self._ids:
             raise ValueError("evaluation: expected at least one image, got none; check the section of datalist.json")
         images = {name: torch.stack(values) for name, values in self._images.items() if values}
         clamped = {name: self._outside[name] / values.numel() for name, values in images.items()}
-        collected = {**images, "labels": self._labels, "clamped": clamped, "features": {}}
+        images |= {name: torch.stack(values) for name, values in self._extras.items() if values}
+        collected = {**images, "labels": self._labels, "info": self._info, "clamped": clamped, "features": {}}
         summary: list[dict[str, Any]] = []
         columns: dict[str, Sequence[Any]] = {}
+        tables: dict[str, list[Mapping[str, Any]]] = {}
         for measure in self.measures:
             logger.info("evaluation: %s", getattr(measure, "name", type(measure).__name__))
-            rows, more = measure(collected)
+            rows, more, *further = measure(collected)
             summary += rows
             columns.update(more)
+            for name, lines in (further[0] if further else {}).items():
+                tables.setdefault(name, []).extend(lines)
         save_json(summary, self.folder / "summary.json")
         self._write_per_image(columns)
-        self._write_grids(images, columns)
+        for name, lines in tables.items():
+            self._write_table(self.folder / f"{name}.csv", lines)
+        write_pictures(
+            self.folder, images, columns, columns=self.columns, grid_images=self.grid_images, display=self.display
+        )
         engine.state.metrics.update({row["name"]: row["value"] for row in summary if row["value"] is not None})
         logger.info("evaluation of %d images, written to %s\n%s", len(self._ids), self.folder, _table(summary))
         self._reset()
@@ -180,42 +222,31 @@ class GenerativeEvaluation:
         for name, values in columns.items():
             if len(values) != len(self._ids):
                 raise ValueError(f"{name}: expected a value for each of {len(self._ids)} images, got {len(values)}")
-        with atomic_path(self.folder / "per_image.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
+        lines = [
+            {"row": row, "image_id": identity}
+            | {name: values[row] for name, values in (self._info | dict(columns)).items()}
+            for row, identity in enumerate(self._ids)
+        ]
+        self._write_table(self.folder / "per_image.csv", lines)
+
+    def _write_table(self, path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+        """CSV with the columns of all lines in order of appearance; what would name a person is hashed."""
+        names = list(dict.fromkeys(name for line in lines for name in line))
+        if not names:  # a table of an earlier evaluation in this folder would be misread
+            path.unlink(missing_ok=True)
+            return
+        with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["row", "image_id", *columns])
-            for row, identity in enumerate(self._ids):
-                writer.writerow([row, identity, *(_cell(values[row]) for values in columns.values())])
+            writer.writerow(names)
+            for line in lines:
+                writer.writerow([self._cell(name, line.get(name)) for name in names])
 
-    def _write_grids(self, images: Mapping[str, torch.Tensor], columns: Mapping[str, Sequence[Any]]) -> None:
-        grids: dict[str, list[torch.Tensor]] = {"samples": [], "reconstructions": [], "failures": []}
-        some = slice(self.grid_images)
-        if "pred" in images:
-            grids["samples"].append(images["pred"][some])
-        if {"image", "reconstruction"} <= images.keys():
-            grids["reconstructions"] += self._over(images["image"][some], images["reconstruction"][some])
-            quality = columns.get("reconstruction_ms_ssim")
-            if quality is not None:
-                worst = sorted(range(len(quality)), key=quality.__getitem__)[: self.columns]
-                grids["failures"] += self._over(images["image"][worst], images["reconstruction"][worst])
-        prompted, predicted = (columns.get(f"{kind}_finding", []) for kind in ("prompted", "predicted"))
-        wrong = [i for i, (p, q) in enumerate(zip(prompted, predicted, strict=True)) if p is not None and p != q]
-        wrong = wrong[: self.grid_images]
-        if wrong:
-            grids["failures"] += self._over(images.get("image", images["pred"])[wrong], images["pred"][wrong])
-        for name, parts in grids.items():
-            path = self.folder / f"{name}.png"
-            if parts:
-                save_grid(torch.cat(parts), path, columns=self.columns)
-            else:  # a picture of an earlier evaluation in this folder would be misread
-                path.unlink(missing_ok=True)
-
-    def _over(self, upper: torch.Tensor, lower: torch.Tensor) -> list[torch.Tensor]:
-        """Alternating full grid rows of ``upper`` and ``lower``; white where a row is not full."""
-        parts = []
-        for pair in zip(upper.split(self.columns), lower.split(self.columns), strict=True):
-            for part in pair:
-                parts += [part, part.new_ones(self.columns - len(part), *part.shape[1:])]
-        return parts
+    def _cell(self, name: str, value: Any) -> Any:
+        if value is None:
+            return ""
+        if name in self.info_keys and isinstance(value, str):
+            return _digest(value) if value else ""
+        return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def _items(content: Any) -> list[Mapping[str, Any]]:
@@ -225,13 +256,26 @@ def _items(content: Any) -> list[Mapping[str, Any]]:
     return list(content)
 
 
-def _find_image(key: str, *places: Mapping[str, Any]) -> torch.Tensor | None:
-    """The floating-point image under ``key`` in the first place that has one (token ids under the same key are not)."""
+def _find_image(key: str, *places: Mapping[str, Any], floating: bool = True) -> torch.Tensor | None:
+    """The image under ``key`` in the first place that has one; ``floating``: token ids under the same key are none."""
     for place in places:
         value = place.get(key)
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
+        if isinstance(value, torch.Tensor) and (value.is_floating_point() or not floating):
             return value
     return None
+
+
+def _plain_value(key: str, value: Any) -> Any:
+    """Text, number or None of an item; collated numbers are tensors of one element."""
+    if isinstance(value, torch.Tensor | np.generic) and np.prod(value.shape) == 1:
+        value = value.item()
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise ValueError(f"{key}: expected text or a number, got {type(value).__name__}; remove it from info_keys")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _labels(key: str, item: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -249,12 +293,6 @@ def _labels(key: str, item: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def _plain(image: torch.Tensor) -> torch.Tensor:
     return image.detach().as_subclass(torch.Tensor).to("cpu", torch.float32)
-
-
-def _cell(value: Any) -> Any:
-    if value is None:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def _table(summary: Sequence[Mapping[str, Any]]) -> str:

@@ -7,6 +7,7 @@ a distance of one network's features cannot be compared with another's. Nothing 
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from shared.assets import missing_asset, verify_file
 from shared.files import save_tensors
 from shared.weights import load_weights
 
+logger = logging.getLogger(__name__)
+
 _XRV_ASSET = "xrv-densenet121-all"
 _XRV_SIZE = 224  # input side of torchxrayvision's DenseNet121 weights ("densenet121-res224-*")
 
@@ -33,6 +36,32 @@ class FeatureExtractor(Protocol):
     def __call__(self, images: torch.Tensor) -> torch.Tensor: ...
 
 
+def choose_features(
+    preferred_path: str | os.PathLike[str],
+    *,
+    preferred: Callable[[str], FeatureExtractor],
+    fallback: Callable[[], FeatureExtractor],
+) -> FeatureExtractor:
+    """The preferred features where their weights are at hand, else the stated alternative, with a sentence in the log.
+
+    What is chosen shows in every figure, since the rows are named after the extractor. In a config both are components
+    with ``"_mode_": "callable"``, so that only the chosen one is built.
+
+    Args:
+        preferred_path: weights of the preferred extractor.
+        preferred: called with that path; its errors are not caught, so that a damaged file ends the run.
+        fallback: called without arguments.
+    """
+    if Path(preferred_path).is_file():
+        return preferred(os.fspath(preferred_path))
+    extractor = fallback()
+    logger.warning(
+        "%s: no file, so distances are measured with %s instead; they cannot be compared with distances of others",
+        os.fspath(preferred_path), extractor.name,
+    )  # fmt: skip
+    return extractor
+
+
 def _xrv_densenet() -> nn.Module:
     """torchxrayvision's DenseNet121 without weights; the package is imported here since only this network needs it."""
     with warnings.catch_warnings():  # importing it silences all warnings of the whole process: keep that inside
@@ -40,7 +69,7 @@ def _xrv_densenet() -> nn.Module:
     return torchxrayvision.models.DenseNet(weights=None)
 
 
-def _check_images(images: torch.Tensor) -> torch.Tensor:
+def check_images(images: torch.Tensor) -> torch.Tensor:
     if images.ndim != 4 or images.shape[1] != 1:
         raise ValueError(f"images: expected (B, 1, H, W), got {tuple(images.shape)}")
     low, high = (float(v) for v in torch.aminmax(images.detach()))
@@ -96,7 +125,7 @@ class XrvDenseNetFeatures:
         Raises:
             ValueError: wrong shape, or values outside [0, 1].
         """
-        x = _check_images(images)
+        x = check_images(images)
         side = min(x.shape[-2:])
         top, left = (x.shape[-2] - side) // 2, (x.shape[-1] - side) // 2
         x = x[..., top : top + side, left : left + side]
@@ -162,7 +191,7 @@ class ClassifierFeatures:
         self.network.eval()
         try:
             batches = images.split(self.batch_size)
-            return torch.cat([function(_check_images(batch.to(self.device))).float().cpu() for batch in batches])
+            return torch.cat([function(check_images(batch.to(self.device))).float().cpu() for batch in batches])
         finally:
             self.network.train(was_training)
 

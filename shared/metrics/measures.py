@@ -7,6 +7,8 @@ a plain mapping, so that it needs no engine:
 - ``image``, ``pred``, ``reconstruction``: (N, 1, H, W) float32 in [0, 1] on the CPU, real image, generated sample and
   reconstruction of the same row; absent keys were not produced;
 - ``labels``: N label dictionaries (or None), what the prompt of the row asked for;
+- ``info``: item key -> N plain values, such as the subjects' names, which belong into no message and no note;
+- further images (N, C, H, W) under the names of the handler's ``extra_keys``, as they came;
 - ``clamped``: key -> fraction of values that lay outside [0, 1] and were clamped;
 - ``features``: a dictionary in which measures share what they computed.
 """
@@ -32,6 +34,17 @@ class Measurement(NamedTuple):
 
     rows: list[dict[str, Any]]
     columns: dict[str, Sequence[Any]]
+
+
+class TabledMeasurement(NamedTuple):
+    """A :class:`Measurement` with tables: name -> lines, column -> value; each becomes ``evaluation/<name>.csv``.
+
+    A type of its own, since callers take a :class:`Measurement` apart into two.
+    """
+
+    rows: list[dict[str, Any]]
+    columns: dict[str, Sequence[Any]]
+    tables: dict[str, list[dict[str, Any]]]
 
 
 def summary_row(name: str, interval: Interval, note: str) -> dict[str, Any]:
