@@ -13,6 +13,7 @@ from monai.utils.enums import CommonKeys as Keys
 from torch import nn
 from torch.optim import Optimizer
 
+from shared.distributed import unwrapped
 from shared.losses import AutoencoderLoss
 
 
@@ -96,7 +97,8 @@ class AutoencoderTrainer(SupervisedTrainer):
     def _generator_loss(self, reconstruction: torch.Tensor) -> torch.Tensor:
         assert self.discriminator is not None
         self.discriminator.requires_grad_(False)
-        decision = self.discriminator(reconstruction)[-1]
+        # Without the wrapper of DistributedDataParallel, which would wait for gradients of its own.
+        decision = unwrapped(self.discriminator)(reconstruction)[-1]
         return self.adversarial_loss(decision, target_is_real=True, for_discriminator=False)
 
     def _step_discriminator(self, reconstruction: torch.Tensor, image: torch.Tensor) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.data import DataLoader, Dataset
+from monai.data import DataLoader, Dataset, list_data_collate
 from torch import nn
 from tqdm import tqdm
 
+from shared.distributed import from_main_process, is_main_process
 from shared.files import atomic_path, save_json, sha256_of_state
 
 logger = logging.getLogger(__name__)
@@ -34,8 +35,8 @@ class LatentDataset(Dataset):
     with a fresh encoding before a cache is used.
 
     Args:
-        data: items with ``image`` (a path) and whatever ``transform`` needs.
-        transform: applied to the item, e.g. text to ``tokens``; with a cache it finds ``image`` as a path, by which its
+        data: items with the image's path and whatever ``transform`` needs.
+        transform: applied to the item, e.g. text to ``tokens``; with a cache it finds the image as a path, by which its
             errors name the item, and the path is removed afterwards.
         image_transform: deterministic transforms from the item to ``image`` ``(1, H, W)`` in [0, 1].
         autoencoder: frozen, with ``encode(x) -> (mean, sigma)``.
@@ -44,6 +45,7 @@ class LatentDataset(Dataset):
         device: where the encoder runs.
         batch_size: images per encoder call.
         num_workers: processes that load images while the cache is made.
+        image_keys: what ``image_transform`` needs of an item: the key of the path, then e.g. that of a slice's number.
 
     Items then hold ``latent_mean`` and ``latent_log_variance`` ``(C, h, w)`` float32, ``item_id`` and the transform's
     keys.
@@ -60,19 +62,18 @@ class LatentDataset(Dataset):
         device: torch.device | str = "cpu",
         batch_size: int = 8,
         num_workers: int = 0,
+        image_keys: Sequence[str] = ("image",),
     ) -> None:
         super().__init__(data=data, transform=transform)
+        self.image_keys = tuple(image_keys)
         self.image_transform = image_transform
         self.cache_path: Path | None = None
         self._posterior: np.ndarray | None = None
         self._encode = _Encoder(autoencoder, torch.device(device))
         if cache_dir:
-            key = _cache_key(data, image_transform, autoencoder)
-            self.cache_path = Path(cache_dir) / f"latents_{key}.npy"
-            images = Dataset(data=[{"image": item["image"]} for item in data], transform=image_transform)
-            if _is_main_process() and not _is_usable(self.cache_path, images, self._encode):
-                _build(self.cache_path, images, self._encode, batch_size, num_workers)
-            _wait_for_main_process()
+            # Ranks would also disagree about the key: a transform that has run has other attributes than a new one.
+            path = self._prepared_cache(Path(cache_dir), batch_size, num_workers) if is_main_process() else None
+            self.cache_path = from_main_process(path)
 
     def __getstate__(self) -> dict[str, Any]:
         # Workers reopen the memory map instead of copying it, and encode nothing.
@@ -81,13 +82,25 @@ class LatentDataset(Dataset):
     def posterior(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance ``(C, h, w)`` of one item, on the CPU; encoded anew where there is no cache."""
         if self.cache_path is None:
-            image = self.image_transform({"image": self.data[index]["image"]})["image"]
+            image = self.image_transform(self._source(self.data[index]))["image"]
             mean, log_variance = torch.from_numpy(self._encode(image[None])[0])
             return mean, log_variance
         if self._posterior is None:
             self._posterior = np.load(self.cache_path, mmap_mode="r")
         mean, log_variance = torch.from_numpy(np.array(self._posterior[index]))
         return mean, log_variance
+
+    def _prepared_cache(self, folder: Path, batch_size: int, num_workers: int) -> Path:
+        sources = [self._source(item) for item in self.data]
+        key = _cache_key(sources, self.image_keys[0], self.image_transform, self._encode.autoencoder)
+        path = folder / f"latents_{key}.npy"
+        images = Dataset(data=sources, transform=self.image_transform)
+        if not _is_usable(path, images, self._encode):
+            _build(path, images, self._encode, batch_size, num_workers)
+        return path
+
+    def _source(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: item[key] for key in self.image_keys if key in item}
 
     def _transform(self, index: int) -> dict[str, Any]:
         item = dict(self.data[index])
@@ -99,7 +112,7 @@ class LatentDataset(Dataset):
         if self.transform is not None:
             item = self.transform(item)
         if self.cache_path is not None:
-            item.pop("image", None)
+            item.pop(self.image_keys[0], None)
         return item
 
 
@@ -147,7 +160,8 @@ def _build(path: Path, images: Dataset, encode: _Encoder, batch_size: int, num_w
     was_training = encode.autoencoder.training
     encode.autoencoder.to(encode.device).eval()
     # A generator of its own: whether the cache exists must not change the random numbers of the training.
-    loader = DataLoader(images, batch_size=batch_size, num_workers=num_workers, generator=torch.Generator())
+    options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "collate_fn": _only_images}
+    loader = DataLoader(images, generator=torch.Generator(), **options)
     with atomic_path(path) as temporary:
         stored: np.memmap | None = None
         start = 0
@@ -172,6 +186,11 @@ def _build(path: Path, images: Dataset, encode: _Encoder, batch_size: int, num_w
     logger.info("stored the latents of %d images in %s", len(images), path)
 
 
+def _only_images(items: Sequence[Mapping[str, Any]]) -> Any:
+    # Whatever else an item has need not be alike in all of them.
+    return list_data_collate([{"image": item["image"]} for item in items])
+
+
 def _is_usable(path: Path, images: Dataset, encode: _Encoder) -> bool:
     if not path.exists():
         return False
@@ -191,13 +210,16 @@ def _is_usable(path: Path, images: Dataset, encode: _Encoder) -> bool:
     return True
 
 
-def _cache_key(data: Sequence[Mapping[str, Any]], image_transform: Callable, autoencoder: nn.Module) -> str:
+def _cache_key(
+    sources: Sequence[Mapping[str, Any]], path_key: str, image_transform: Callable, autoencoder: nn.Module
+) -> str:
     digest = hashlib.sha256(sha256_of_state(autoencoder.state_dict()).encode())
     digest.update(json.dumps(_describe(image_transform), sort_keys=True).encode())
-    for item in data:
-        path = Path(item["image"])
+    for source in sources:
+        path = Path(source[path_key])
         status = path.stat()
-        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+        rest = "".join(f" {key}={value}" for key, value in source.items() if key != path_key)
+        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}{rest}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -213,16 +235,3 @@ def _describe(component: Any, depth: int = 4) -> Any:
     attributes = vars(component) if depth > 0 and hasattr(component, "__dict__") else {}
     described = {key: _describe(value, depth - 1) for key, value in attributes.items() if isinstance(key, Hashable)}
     return [name, described]
-
-
-def _is_main_process() -> bool:
-    return not _is_distributed() or torch.distributed.get_rank() == 0
-
-
-def _wait_for_main_process() -> None:
-    if _is_distributed():
-        torch.distributed.barrier()
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -243,3 +243,98 @@ def test_scale_factor_of_constant_latents_is_refused(items, tmp_path):
     dataset.posterior = lambda index: (torch.ones(2, 4, 4), torch.full((2, 4, 4), -torch.inf))  # type: ignore[method-assign]
     with pytest.raises(ValueError, match=r"latents_\w+\.npy: expected latents with a positive, finite variance, got 0"):
         measure_scale_factor(dataset)
+
+
+def load_slice(item: dict[str, Any]) -> dict[str, Any]:
+    """Slice ``item["slice"]`` of the volume ``item["t1w"]``; any further key would be one too many."""
+    image = np.load(item["t1w"], mmap_mode="r")[..., item["slice"]]
+    return {**item, "image": torch.from_numpy(np.array(image))[None]}
+
+
+@pytest.fixture
+def slice_items(tmp_path: Path) -> list[dict[str, Any]]:
+    """Two volumes (X, Y, Z) of three slices each."""
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        np.save(tmp_path / f"{name}.npy", rng.random((16, 24, 3), dtype=np.float32))
+    return [
+        {"t1w": str(tmp_path / f"{name}.npy"), "flair": f"{name}-flair", "subject": name, "slice": k}
+        for name in "ab"
+        for k in range(3)
+    ]
+
+
+def slices_of(items: list[dict[str, Any]], folder: Path | None, **options: Any) -> LatentDataset:
+    options = {"image_transform": load_slice, "image_keys": ["t1w", "slice"], **options}
+    return dataset_of(items, folder, ConvolutionalEncoder(), **options)
+
+
+def test_slices_of_volumes_are_items_of_their_own(slice_items, tmp_path):
+    dataset = slices_of(slice_items, tmp_path / "cache")
+    encoder = ConvolutionalEncoder()
+    means = []
+    for index, item in enumerate(slice_items):
+        with torch.no_grad():
+            mean, _ = encoder.encode(load_slice(item)["image"][None])
+        cached = dataset[index]
+        torch.testing.assert_close(cached["latent_mean"], mean[0], atol=1e-5, rtol=1e-5)
+        assert cached["latent_mean"].shape == (2, 4, 6)
+        # The path of the image is gone, what else the item says is there.
+        assert set(cached) == {"latent_mean", "latent_log_variance", "item_id", "flair", "subject", "slice"}
+        assert cached["slice"] == item["slice"]
+        means.append(cached["latent_mean"])
+    assert (means[0] - means[1]).abs().max() > 0.01
+
+
+def test_transform_sees_every_key_of_the_item_and_the_encoder_only_what_it_needs(slice_items, tmp_path):
+    encoded, transformed = [], []
+
+    def note_image(item: dict[str, Any]) -> dict[str, Any]:
+        encoded.append(set(item))
+        return load_slice(item)
+
+    def note(item: dict[str, Any]) -> dict[str, Any]:
+        transformed.append(set(item))
+        return item
+
+    dataset = slices_of(slice_items, tmp_path / "cache", transform=note, image_transform=note_image)
+    dataset[4]
+    assert all(keys == {"t1w", "slice"} for keys in encoded)
+    assert {"t1w", "flair", "slice", "latent_mean", "item_id"} <= transformed[0]
+
+
+def test_other_slices_make_another_cache(slice_items, tmp_path):
+    folder = tmp_path / "cache"
+    order = [slice_items[k] for k in (1, 0, 2, 3, 4, 5)]
+    moved = [{**item, "slice": 2 - item["slice"]} for item in slice_items]
+    paths = [slices_of(items, folder).cache_path for items in (slice_items, order, moved, slice_items[:5])]
+    assert len(set(paths)) == 4
+    others = [{**item, "flair": "another"} for item in slice_items]
+    assert slices_of(others, folder).cache_path == paths[0]
+    # Other data under the same name.
+    np.save(slice_items[0]["t1w"], np.ones((16, 24, 3), dtype=np.float32))
+    os.utime(slice_items[0]["t1w"], ns=(0, 0))
+    assert slices_of(slice_items, folder).cache_path not in paths
+
+
+def test_slices_without_a_cache(slice_items):
+    dataset = slices_of(slice_items, None)
+    item = dataset[5]
+    assert torch.equal(item["image"], load_slice(slice_items[5])["image"])
+    assert {"t1w", "flair", "slice", "item_id"} <= set(item)
+    with torch.no_grad():
+        mean, _ = ConvolutionalEncoder().encode(item["image"][None])
+    torch.testing.assert_close(dataset.posterior(5)[0], mean[0], atol=1e-5, rtol=1e-5)
+
+
+def test_keys_that_an_item_does_not_have_are_left_out(slice_items, tmp_path):
+    """Optional ones: 2-D images beside volumes have no slice."""
+    flat = tmp_path / "flat.npy"
+    np.save(flat, np.load(slice_items[0]["t1w"])[..., 1])
+    transform = {"image_transform": lambda item: load_slice(item) if "slice" in item else load_flat(item)}
+
+    def load_flat(item: dict[str, Any]) -> dict[str, Any]:
+        return {**item, "image": torch.from_numpy(np.load(item["t1w"]))[None]}
+
+    dataset = slices_of([slice_items[1], {"t1w": str(flat)}], tmp_path / "cache", **transform)
+    torch.testing.assert_close(dataset[1]["latent_mean"], dataset[0]["latent_mean"], atol=1e-5, rtol=1e-5)

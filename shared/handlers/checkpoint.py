@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
-from torch.nn.parallel import DistributedDataParallel
 
+from shared.distributed import from_main_process, unwrapped
 from shared.files import remove_incomplete, save_tensors
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,8 @@ class ResumableCheckpoint:
 
     ``monai.handlers.CheckpointSaver`` writes in place, so that a kill leaves a broken file; ignite's ``Checkpoint`` is
     atomic, but neither picks the newest file that loads, nor compares settings, nor keeps the epoch limit of the new
-    run. Random states are not stored: :class:`shared.handlers.seeding.EpochSeeds` derives them from seed and epoch.
+    run. Random states are not stored: :class:`shared.handlers.seeding.EpochSeeds` derives them from seed and epoch. In
+    distributed runs rank 0 alone writes, and all ranks load the file that it picks.
 
     Args:
         save_dir: folder of the checkpoints.
@@ -68,7 +69,7 @@ class ResumableCheckpoint:
                 logger.info("%s: removed, left by an interrupted write", stray)
         if self.resume == "never":
             return
-        content, path = self._read()
+        content, path = self._read(engine.state.rank)
         if content is None or path is None:
             return
         self._check_settings(content, path)
@@ -77,7 +78,7 @@ class ResumableCheckpoint:
                 raise KeyError(
                     f"{path}: expected an entry {name!r}, got {sorted(content)}; start anew (--resume never)."
                 )
-            self._load(_unwrap(part), content[name], name, path)
+            self._load(unwrapped(part), content[name], name, path)
         engine.state.iteration = content["engine"]["iteration"]
         engine.state.epoch = content["engine"]["epoch"]
         if engine.scaler is not None and content["engine"].get("scaler"):
@@ -88,7 +89,15 @@ class ResumableCheckpoint:
         else:
             logger.info("resuming from %s after epoch %d", path, engine.state.epoch)
 
-    def _read(self) -> tuple[dict[str, Any] | None, Path | None]:
+    def _read(self, rank: int) -> tuple[dict[str, Any] | None, Path | None]:
+        # Two ranks that go on after different epochs would wait for each other for ever, so one looks for the file.
+        content, path = self._find() if rank == 0 else (None, None)
+        path = from_main_process(path)
+        if rank != 0 and path is not None:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        return content, path
+
+    def _find(self) -> tuple[dict[str, Any] | None, Path | None]:
         if self.resume != "auto":
             chosen = Path(self.resume)
             if not chosen.is_file():
@@ -135,7 +144,7 @@ class ResumableCheckpoint:
         if engine.state.rank != 0 or (epoch % self.interval and epoch != engine.state.max_epochs):
             return
         scaler = engine.scaler.state_dict() if engine.scaler is not None else None
-        content: dict[str, Any] = {name: _unwrap(part).state_dict() for name, part in self.state.items()}
+        content: dict[str, Any] = {name: unwrapped(part).state_dict() for name, part in self.state.items()}
         content["engine"] = {"epoch": epoch, "iteration": engine.state.iteration, "scaler": scaler}
         content["settings"] = self.settings
         save_tensors(content, self.save_dir / f"checkpoint_epoch={epoch}.pt")
@@ -149,13 +158,6 @@ def checkpoints_in(folder: str | Path) -> list[Path]:
         (match, path) for path in Path(folder).glob("checkpoint_epoch=*.pt") if (match := _PATTERN.match(path.name))
     )
     return [path for _, path in sorted((int(match[1]), path) for match, path in found)]
-
-
-def _unwrap(part: Any) -> Any:
-    """The network inside DistributedDataParallel or ``torch.compile``: checkpoints carry its own names."""
-    if isinstance(part, DistributedDataParallel):
-        part = part.module
-    return getattr(part, "_orig_mod", part)
 
 
 def _plain(value: Any) -> Any:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from monai.utils import StrEnum
 
+from shared.distributed import from_all_processes, mean_over_processes
 from shared.handlers.accumulation import completes_step
 
 logger = logging.getLogger(__name__)
@@ -33,7 +35,7 @@ class GradientGuard:
     """Clip gradients, and refuse a step whose loss or gradient norm is not finite.
 
     ``ignite.handlers.TerminateOnNan`` acts after the optimizer's step, when NaN is already in the weights; this handler
-    acts between the backward pass and the step.
+    acts between the backward pass and the step. In distributed runs all ranks refuse a step that one of them must.
 
     Args:
         max_norm: gradients are scaled down to this total L2 norm; ``None`` measures without clipping.
@@ -70,8 +72,8 @@ class GradientGuard:
             # The curve shows the network's norm, not that of a discriminator which steps after it.
             engine.state.gradient_norm = norm
         loss = torch.as_tensor(engine.state.output["loss"])
-        # One number crosses from the device to the host: the sum is finite only if both are.
-        if bool(torch.isfinite(norm + loss.detach().float().sum())):
+        # One number crosses from the device to the host: the sum is finite only if both are, on every rank.
+        if bool(torch.isfinite(mean_over_processes(norm + loss.detach().float().sum()))):
             self._skipped = 0
             return
         for parameter in parameters:
@@ -80,7 +82,11 @@ class GradientGuard:
 
     def _refuse(self, engine: Any, norm: float, loss: float) -> None:
         terms = {name: float(value.detach()) for name, value in getattr(engine.state, "losses", {}).items()}
-        files = ", ".join(batch_files(engine.state.batch)) or "unknown files"
+        # A gradient is an average over the ranks, so only the losses tell whose batch it was.
+        by_rank = from_all_processes((loss, terms, batch_files(engine.state.batch)))
+        broken = [entry for entry in by_rank if not math.isfinite(entry[0])]
+        loss, terms = (broken or by_rank)[0][:2]
+        files = ", ".join(name for entry in broken or by_rank for name in entry[2]) or "unknown files"
         message = (
             f"{files}: expected a finite loss and gradient, got loss {loss} (terms {terms}) and gradient "
             f"norm {norm} in epoch {engine.state.epoch}, iteration {engine.state.iteration}; the weights are unchanged."

@@ -9,7 +9,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
 from ignite.engine import Engine, Events
+
+from shared.distributed import mean_over_processes
 
 logger = logging.getLogger(__name__)
 
@@ -20,9 +23,9 @@ class MetricsCsv:
     """Append losses and metrics to ``metrics.csv`` in long form, one value a row, and log them in one line.
 
     ``monai.handlers.MetricsSaver`` does not fit: it overwrites its files at the end of every run and records no losses.
-    For a trainer: the mean over each epoch of ``loss`` and of the terms in ``engine.state.losses``, the last gradient
-    norm and learning rate. For an evaluator: ``engine.state.metrics``. Rows beyond the epoch from which a run resumes
-    are removed, so that the file never holds an epoch twice.
+    For a trainer: the mean over each epoch, and over the ranks of a distributed run, of ``loss`` and of the terms in
+    ``engine.state.losses``, the last gradient norm and learning rate. For an evaluator: ``engine.state.metrics``. Rows
+    beyond the epoch from which a run resumes are removed, so that the file never holds an epoch twice.
 
     Args:
         path: file to append to.
@@ -70,7 +73,9 @@ class MetricsCsv:
         self._count += 1
 
     def _write_losses(self, engine: Any) -> None:
-        values = {name: float(total) / self._count for name, total in self._sums.items()}
+        sums = torch.stack([torch.as_tensor(total) for total in self._sums.values()]).double()
+        means = (mean_over_processes(sums) / self._count).tolist()
+        values = dict(zip(self._sums, means, strict=True))
         values["learning_rate"] = engine.optimizer.param_groups[0]["lr"]
         if hasattr(engine.state, "gradient_norm"):
             values["gradient_norm"] = float(engine.state.gradient_norm)

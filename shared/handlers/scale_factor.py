@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 
+from shared.distributed import from_main_process
 from shared.latent_cache import LatentDataset, measure_scale_factor
 
 logger = logging.getLogger(__name__)
@@ -33,8 +34,6 @@ class MeasureScaleFactor:
         engine.add_event_handler(Events.STARTED, self._measure)
 
     def _measure(self, engine: Any) -> None:
-        value = torch.tensor(measure_scale_factor(self.dataset, self.max_items))
-        self.model.scale_factor.copy_(value)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.broadcast(self.model.scale_factor, src=0)
-        logger.info("scale factor %.6f, measured on up to %d training images", float(value), self.max_items)
+        value = from_main_process(measure_scale_factor(self.dataset, self.max_items))
+        self.model.scale_factor.copy_(torch.tensor(value))
+        logger.info("scale factor %.6f, measured on up to %d training images", value, self.max_items)

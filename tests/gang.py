@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What two processes do for ``test_multi_gpu.py``: ``torchrun --nproc_per_node=2 -m tests.gang FOLDER PHANTOMS``.
+
+All of it in one launch, since starting two processes takes longer than the work. Each process leaves its answers in
+``FOLDER/rank<rank>.pt``; the tests compare them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Events
+from monai.bundle import ConfigWorkflow
+from monai.engines import SupervisedTrainer
+from torch import nn
+
+from shared.distributed import data_parallel, from_main_process, join_processes, unwrapped
+from shared.files import sha256_of_state
+from shared.handlers.guard import GradientGuard, NonFiniteLossError
+from shared.handlers.metrics_csv import MetricsCsv
+from tests.bundle_tools import read
+from tests.conftest import ROOT
+from tests.test_engines import make_trainer
+
+BUNDLE = ROOT / "bundles/cxr_ldm"
+TINY = read(BUNDLE / "configs/tiny.json")
+SMALL: dict[str, Any] = {
+    **{"bundle_root": str(BUNDLE), "device": "$torch.device('cpu')", "num_workers": 0, "tracking_uri": ""},
+    **{"image_size": [64, 64], "latent_shape": [3, 8, 8], "max_epochs": 3, "batch_size": 2},
+    "autoencoder_def": {**TINY["autoencoder_def"], "channels": [4, 4, 8, 8], "norm_num_groups": 4},
+}
+STAGES: dict[str, dict[str, Any]] = {
+    "train_autoencoder": {**SMALL, "adversarial_start": 2, "ms_ssim_kernel_size": 3},
+    "train": {
+        **{**SMALL, "preview_prompts": ["Cardiomegaly."], "preview_interval": 9, "accumulation_steps": 2},
+        "unet_def": {
+            **{**TINY["unet_def"], "channels": [8, 16, 16], "num_head_channels": [0, 8, 8], "norm_num_groups": 8}
+        },
+    },
+}
+
+
+class Interruption(Exception):
+    """Stands for a crash."""
+
+
+# Whole trainings of the bundle
+
+
+def train_stage(
+    stage: str, folder: Path, data: Path, crash_at: int | None = None, *, is_last: bool = False
+) -> dict[str, Any]:
+    """Train a stage, with folders of its own for every rank: what rank 1 writes is found out."""
+    rank = int(os.environ["RANK"])
+    own = folder if rank == 0 else folder.with_name(f"{folder.name}_rank{rank}")
+    options = {**STAGES[stage], "dataset_dir": str(data), "ckpt_dir": str(own / "models")}
+    options |= {"output_dir": str(own / "runs" / stage)}
+    if stage == "train":
+        options["latent_cache_dir"] = str(own / "runs/latents")
+        options["autoencoder#path"] = str(folder / "models/stages/autoencoder.pt")
+    workflow = ConfigWorkflow(
+        config_file=[str(BUNDLE / "configs" / f"{name}.json") for name in (stage, "multi_gpu_train", "tiny")],
+        logging_file=False,
+        run_id="training",
+        workflow_type="train",
+        **options,
+    )
+    workflow.initialize()
+    content = workflow.parser.get_parsed_content
+    orders: list[list[int]] = []
+    iterations: list[int] = []
+
+    def step(engine: Any) -> None:
+        iterations.append(engine.state.iteration)
+        if engine.state.iteration == crash_at:
+            raise Interruption
+
+    trainer = content("train#trainer")
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda _: orders.append(list(content("train#sampler"))))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, step)
+    with contextlib.suppress(RuntimeError) if crash_at else contextlib.nullcontext():
+        workflow.run()
+    result = {
+        "properties": workflow.check_properties() if crash_at is None else [],
+        "settings": content("settings"),
+        "orders": orders,
+        "iterations": iterations,
+        "validation": list(content("validate#sampler")),
+        "metrics": dict(content("validate#evaluator").state.metrics),
+        "average": sha256_of_state(content("ema").ema_model.state_dict()),
+        "scale_factor": float(getattr(unwrapped(content("network")), "scale_factor", 1.0)),
+        "files": sorted(str(path.relative_to(own)) for path in own.rglob("*") if path.is_file()),
+    }
+    for name in ("network", "discriminator") if stage == "train_autoencoder" else ("network",):
+        parameters = unwrapped(content(name)).named_parameters()
+        result[name] = sha256_of_state({key: parameter.detach() for key, parameter in parameters})
+    if is_last:
+        workflow.finalize()
+    return result
+
+
+# One process with the doubled batch
+
+
+def train_on_shares(folder: Path) -> dict[str, Any]:
+    """Train the same networks on shares of batches and, each process for itself, on whole batches."""
+    rank = torch.distributed.get_rank()
+    generator = torch.Generator().manual_seed(1)
+    batches = [{"image": torch.rand(4, 1, 8, 12, generator=generator)} for _ in range(6)]
+    shares = [{"image": batch["image"][rank * 2 : rank * 2 + 2]} for batch in batches]
+    result: dict[str, Any] = {}
+    for name, data in (("whole", batches), ("shared", shares)):
+        losses: list[float] = []
+        options: dict[str, Any] = {"train_data_loader": data, "epochs": 3}
+        handlers = (GradientGuard(max_norm=0.5), MetricsCsv(folder / f"{name}.csv", phase="train"))
+        template = make_trainer()
+        networks = {key: getattr(template, key) for key in ("network", "discriminator")}
+        if name == "shared":
+            networks = {key: data_parallel(network) for key, network in networks.items()}
+        optimizers = {
+            "optimizer": torch.optim.SGD(networks["network"].parameters(), lr=0.1),
+            "discriminator_optimizer": torch.optim.SGD(networks["discriminator"].parameters(), lr=0.1),
+        }
+        trainer = make_trainer(handlers=handlers, **options, **networks, **optimizers)
+        trainer.add_event_handler(
+            Events.ITERATION_COMPLETED, lambda e, to=losses: to.append(float(e.state.output["loss"]))
+        )
+        trainer.run()
+        result[name] = {key: unwrapped(network).state_dict() for key, network in networks.items()}
+        result[f"{name}_losses"] = losses
+    return result
+
+
+# Steps that one rank must refuse
+
+
+def train_with_bad_batch(policy: str, *, in_gradient: bool) -> dict[str, Any]:
+    """Four steps; in the second, rank 1 alone sees a NaN."""
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(0)
+    network = data_parallel(nn.Linear(3, 2))
+    generator = torch.Generator().manual_seed(rank)
+    batches: list[dict[str, Any]] = []
+    for index in range(4):
+        image = torch.rand(2, 3, generator=generator)
+        if rank == 1 and index == 1:
+            image[1, 2] = float("nan")
+        batches.append({"image": image, "label": torch.zeros(2, 2), "item_id": [f"{rank}{index}a", f"{rank}{index}b"]})
+
+    def loss_function(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        loss = nn.functional.mse_loss(output, target)
+        # A gradient of zero where the loss is NaN: the other rank cannot see it in the average.
+        return loss if in_gradient or torch.isfinite(loss) else 0.0 * output.nan_to_num().sum() + float("nan")
+
+    guard = GradientGuard(policy=policy)
+    skipped: list[int] = []
+    trainer = SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=1,
+        train_data_loader=batches,
+        network=network,
+        optimizer=torch.optim.SGD(network.parameters(), lr=0.1),
+        loss_function=loss_function,
+        train_handlers=[guard],
+        decollate=False,
+    )
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: skipped.append(guard._skipped))
+    message = ""
+    try:
+        trainer.run()
+    except NonFiniteLossError as error:
+        message = str(error)
+    return {"message": message, "skipped": skipped, "weights": network.module.state_dict()}
+
+
+def main(folder: Path, data: Path) -> None:
+    torch.set_num_threads(1)
+    join_processes("cpu")
+    rank = torch.distributed.get_rank()
+    results: dict[str, Any] = {"from main": from_main_process(f"said by {rank}"), "shares": train_on_shares(folder)}
+    for policy in ("skip", "stop"):
+        for where in ("gradient", "loss"):
+            results[f"{policy} {where}"] = train_with_bad_batch(policy, in_gradient=where == "gradient")
+    for stage in STAGES:
+        results[f"{stage} whole"] = train_stage(stage, folder / "whole", data)
+        crashed = train_stage(stage, folder / "broken", data, crash_at=3)
+        # A group can be joined once in the life of a process, so only the last workflow may leave it.
+        resumed = train_stage(stage, folder / "broken", data, is_last=stage == "train")
+        results[f"{stage} broken"] = resumed | {"iterations": [crashed["iterations"], resumed["iterations"]]}
+    assert not torch.distributed.is_initialized()
+    torch.save(results, folder / f"rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
