@@ -327,3 +327,146 @@ def test_run_called_evaluation_is_found(tmp_path: Path) -> None:
     found = find_runs(tmp_path / "runs")
     assert [part.name for part in found] == ["diffusion", "evaluation"]
     assert found[1].evaluation
+
+
+def comparison_rows() -> list[dict[str, Any]]:
+    """As the evaluation of brain_controlnet writes them: a row for each method and measure, then differences."""
+    rows: list[dict[str, Any]] = [
+        {"name": "reconstruction_ms_ssim", "value": 0.98, "sd": 0.0123, "ci_low": 0.97, "ci_high": 0.99, "n": 5},
+    ]
+    values = {"ControlNet": (26.2458, 0.02632), "FLAIR copied": (14.5, 0.1104), "<b>U-Net</b>": (None, None)}
+    for key, label, index in (("psnr", "PSNR (dB)", 0), ("mae", "MAE", 1)):
+        for method, numbers in values.items():
+            value = numbers[index]
+            ends = {"ci_low": value, "ci_high": value * 1.1} if value is not None else {"ci_low": None, "ci_high": None}
+            note = f"means over subjects; {label} note" + ("; its own" if method == "ControlNet" else "")
+            fields = {"method": method, "measure": key, "sd": value and value / 10, "n": 5 if value else 0}
+            rows.append({"name": f"{label}, {method}", "value": value, "note": note, **ends, **fields})
+    rows.append(
+        {
+            "name": "PSNR (dB), ControlNet minus FLAIR copied", "value": 11.75, "sd": 1.0, "ci_low": 11.0,
+            "ci_high": 12.0, "n": 5, "note": "paired", "method": "ControlNet - FLAIR copied", "measure": "psnr",
+        }
+    )  # fmt: skip
+    return rows
+
+
+def write_summary(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    (folder / "evaluation").mkdir(parents=True)
+    (folder / "evaluation/summary.json").write_text(json.dumps(rows))
+    return folder
+
+
+def test_methods_stand_beside_one_another(tmp_path: Path) -> None:
+    page = Page(write_report(write_summary(tmp_path, comparison_rows())))
+    tables = page.rows
+    assert ["Method", "PSNR (dB)", "MAE"] in tables
+    assert ["ControlNet", "26.25 ± 2.6226.25 to 28.87", "0.02632 ± 0.002630.02632 to 0.02895"] in tables
+    assert ["FLAIR copied", "14.50 ± 1.4514.50 to 15.95", "0.1104 ± 0.01100.1104 to 0.1214"] in tables
+    assert ["<b>U-Net</b>", "–", "–"] in tables, "escaped, and not measured"
+    assert ["Method", "PSNR (dB)"] in tables
+    assert ["ControlNet − FLAIR copied", "11.75 ± 1.0011.00 to 12.00"] in tables
+    assert ["Reconstruction MS-SSIM", "0.9800 ± 0.0123", "0.97 to 0.99", "5", ""] in tables
+    assert ["Measure", "Mean ± sd", "95 % interval", "n", "Note"] in tables
+    assert "n = 5; means over subjects." in page.text
+    assert "PSNR (dB): PSNR (dB) note" in page.text
+    assert "ControlNet: its own" in page.text
+    assert not page.all("b")
+
+
+def test_cells_with_other_numbers_of_subjects_say_so(tmp_path: Path) -> None:
+    rows = comparison_rows()
+    rows[1]["n"] = 4
+    page = Page(write_report(write_summary(tmp_path, rows)))
+    assert ["ControlNet", "26.25 ± 2.6226.25 to 28.87n = 4", "0.02632 ± 0.002630.02632 to 0.02895n = 5"] in page.rows
+
+
+def test_groups_of_rows_get_headings(tmp_path: Path) -> None:
+    rows = [{"name": "kid", "value": 0.5, "n": 9}, {"name": "psnr", "value": 20.0, "n": 3, "group": "Subject <A>"}]
+    page = Page(write_report(write_summary(tmp_path, rows)))
+    assert [row for row in page.rows if len(row) == 5][2:] == [
+        ["Measure", "Value", "95 % interval", "n", "Note"],
+        ["KID", "0.5", "–", "9", ""],
+        ["Measure", "Value", "95 % interval", "n", "Note"],
+        ["PSNR", "20", "–", "3", ""],
+    ]
+    assert page.text.index("KID") < page.text.index("Subject <A>") < page.text.index("PSNR")
+
+
+def add_volume(folder: Path, name: str = "miller_T1w", *, picture: bool = True, **said: Any) -> None:
+    """What `SaveTranslatedVolumed` leaves of one volume."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content: dict[str, Any] = {
+        "synthetic": True, "source": "miller_FLAIR.nii.gz", "conditioning_scale": 1.0, "guidance_scale": None,
+        "num_inference_steps": 25, "seed": 0, "weights_sha256": "f" * 64, "monai_version": "1.6.1",
+        "intensity": {"unit": "[0, 1]"}, "files": {"image": f"{name}.nii.gz"},
+    }  # fmt: skip
+    if picture:
+        write_picture(folder / f"{name}.png", gradient(1, (40, 120)))
+        content["files"]["picture"] = f"{name}.png"
+        content["panels"] = ["FLAIR", "generated"]
+    (folder / f"{name}.nii.gz").write_bytes(b"")
+    (folder / f"{name}.json").write_text(json.dumps(content | said))
+
+
+def test_translated_volumes_are_shown_with_their_settings(tmp_path: Path) -> None:
+    run = tmp_path / "runs/inference"
+    scanner = {"unit": "scanner intensities of the reference", "low": 3.0, "high": 812.5}
+    add_volume(run / "sub-1/ses-1/anat/deep")
+    add_volume(run / "sub-2", intensity=scanner)
+    add_volume(run / "sub-2", "other_T1w", conditioning_scale=0.5, picture=False)
+    (run / "manifest.json").write_text(json.dumps({"task": "brain_controlnet volumes", "started": "2026-01-31"}))
+    add_volume(run / "second", name="x")
+    (run / "second/manifest.json").write_text('{"task": "another run", "started": "2026-02-01"}')
+    found = {found.name: len(found.translations) for found in find_runs(tmp_path / "runs")}
+    assert found == {"inference": 3, "inference / second": 1}
+    page = Page(write_report(tmp_path / "runs"))
+    assert "Brain ControlNet volumes" in page.text
+    assert "3 translated volumes" in page.text
+    assert "2 volumes; conditioning scale 1.0, steps 25, seed 0" in page.text
+    assert "1 volume, 0 shown; conditioning scale 0.5, steps 25, seed 0" in page.text
+    assert "From left to right: FLAIR, generated." in page.text
+    assert "Volume 2; values in scanner intensities of the reference: 0 became 3, 1 became 812.5" in page.text
+    assert "No pictures were written." in page.text
+    assert len(page.all("img")) == 3
+    assert "No images were generated" not in page.text
+    assert "No curves" not in page.text, "nobody expects curves of an inference"
+    assert "miller" not in page.source, "names of files can be identifiers"
+
+
+def test_volumes_without_a_manifest_tell_their_origin(tmp_path: Path) -> None:
+    add_volume(tmp_path)
+    page = Page(write_report(tmp_path))
+    assert "Weights, SHA-256ffffffffffffffff…" in page.text
+    add_volume(tmp_path / "out", files={"picture": "../miller_T1w.png"})
+    (tmp_path / "out/miller_T1w.png").unlink()
+    assert len(Page(write_report(tmp_path / "out")).all("img")) == 0, "no picture from another folder"
+
+
+def test_other_json_beside_volumes_is_no_result(tmp_path: Path) -> None:
+    """A BIDS data set has NIfTI and JSON pairs of its own."""
+    add_volume(tmp_path, synthetic=False)
+    with pytest.raises(FileNotFoundError, match="expected a run folder"):
+        find_runs(tmp_path)
+
+
+def test_what_saves_volumes_and_the_report_understand_each_other(tmp_path: Path) -> None:
+    import nibabel
+    import torch
+    from monai.data import MetaTensor
+
+    from shared.transforms.volume_saving import SaveTranslatedVolumed
+
+    flair = tmp_path / "in/sub-1_FLAIR.nii"
+    flair.parent.mkdir()
+    values = np.zeros((6, 9, 4), dtype=np.int16)
+    values[1:5, 1:8, 2] = np.arange(28).reshape(4, 7) + 5
+    nibabel.save(nibabel.Nifti1Image(values, np.diag([2.0, 2.0, 3.0, 1.0])), flair)
+    pred = MetaTensor(torch.rand(2, 6, 9, 4), affine=nibabel.load(flair).affine, meta={"filename_or_obj": str(flair)})
+    save = SaveTranslatedVolumed(output_dir=tmp_path / "out", num_inference_steps=5, seed=3)
+    save({"pred": pred})
+    (run,) = find_runs(tmp_path / "out")
+    (volume,) = run.translations
+    assert volume.path == tmp_path / "out/sub-1_T1w.png"
+    assert volume.panels == ("FLAIR", "generated", "standard deviation x 4")
+    assert volume.settings == {"num_inference_steps": 5, "seed": 3}

@@ -99,6 +99,7 @@ def _contents(run: Run) -> str:
         "previews" if run.previews else "",
         "evaluation" if run.evaluation is not None else "",
         f"{len(run.samples)} generated images" if run.samples else "",
+        f"{len(run.translations)} translated volumes" if run.translations else "",
     ]
     return ", ".join(part for part in parts if part) or "manifest"
 
@@ -107,8 +108,8 @@ def _missing_everywhere(runs: Sequence[Run]) -> list[Element]:
     notes = []
     if all(run.evaluation is None for run in runs):
         notes.append("No evaluation was run: there is no evaluation/summary.json, so no measured quality is reported.")
-    if not any(run.samples for run in runs):
-        notes.append("No images were generated from prompts.")
+    if not any(run.samples or run.translations for run in runs):
+        notes.append("No images were generated: there are neither pictures from prompts nor translated volumes.")
     return [missing(note) for note in notes]
 
 

@@ -17,9 +17,18 @@ from typing import Any
 _NOT_RUNS = {"previews", "evaluation", "checkpoints", "models", "mlruns"}
 _DEPTH = 3
 _SAMPLE_SETTINGS = ("guidance_scale", "num_inference_steps", "negative_prompt", "scheduler")
+_TRANSLATION_SETTINGS = (
+    "conditioning_scale",
+    "guidance_scale",
+    "num_inference_steps",
+    "scheduler",
+    "num_samples",
+    "seed",
+)
 _SAMPLE_ORIGIN = ("weights_sha256", "monai_version", "torch_version")
 EXPECTED = (
-    "manifest.json, metrics.csv, previews/, evaluation/summary.json or pictures with prompts (PNG and JSON pairs)"
+    "manifest.json, metrics.csv, previews/, evaluation/summary.json, pictures with prompts (PNG and JSON pairs) or "
+    "translated volumes"
 )
 
 
@@ -35,6 +44,18 @@ class Sample:
 
 
 @dataclass
+class Translation:
+    """A translated volume as the JSON beside it tells: `path` of its picture (None: none was written), what the
+    picture shows from left to right, what varies (`settings`), the unit of the values, what made it (`origin`)."""
+
+    path: Path | None
+    panels: tuple[str, ...]
+    settings: dict[str, Any]
+    intensity: dict[str, Any]
+    origin: dict[str, Any]
+
+
+@dataclass
 class Run:
     """One run folder. Empty containers and None mean: the run did not write it.
 
@@ -42,7 +63,8 @@ class Run:
         curves: quantity -> phase ("train", "validation") -> points (epoch, value), finite ones only.
         not_finite: how many values of `metrics.csv` were NaN or infinite.
         previews: name of the preview -> (epoch, picture), by epoch.
-        evaluation: rows `name, value, ci_low, ci_high, n, note` as written.
+        evaluation: rows `name, value, ci_low, ci_high, n, note` as written; a row may have `sd`, `group` (a heading),
+            `method` and `measure` (then it is a cell of a table of methods).
         per_image: column of `per_image.csv` -> its finite numbers.
     """
 
@@ -59,6 +81,7 @@ class Run:
     evaluation_pictures: list[Path] = field(default_factory=list)
     per_image: dict[str, list[float]] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
+    translations: list[Translation] = field(default_factory=list)
 
     @property
     def recorded_start(self) -> datetime | None:
@@ -76,7 +99,8 @@ class Run:
     @property
     def is_training(self) -> bool:
         """Whether curves and previews are to be expected."""
-        return bool(self.curves or self.previews) or not (self.samples or self.evaluation is not None)
+        others = self.samples or self.translations or self.evaluation is not None
+        return bool(self.curves or self.previews) or not others
 
 
 def find_runs(folder: str | Path) -> list[Run]:
@@ -124,8 +148,9 @@ def _read_run(folder: Path, root: Path) -> Run | None:
     run.evaluation_pictures = sorted((folder / "evaluation").glob("*.png"))
     _read_per_image(run, folder / "evaluation" / "per_image.csv")
     run.samples = list(_samples(folder))
-    found = run.manifest or run.curves or run.previews or run.evaluation is not None or run.samples
-    if not (found or run.evaluation_pictures):
+    run.translations = list(_translations(folder, root))
+    found = run.manifest or run.curves or run.previews or run.evaluation is not None or run.evaluation_pictures
+    if not (found or run.samples or run.translations):
         return None
     run.config = _json(folder / "config.json", (dict, list))
     return run
@@ -219,3 +244,40 @@ def _samples(folder: Path) -> Iterator[Sample]:
         settings = {key: content[key] for key in _SAMPLE_SETTINGS if content.get(key) not in (None, "")}
         origin = {key: content[key] for key in _SAMPLE_ORIGIN if content.get(key) is not None}
         yield Sample(picture, str(content["prompt"] or ""), content.get("seed"), settings, origin)
+
+
+def _translations(folder: Path, root: Path) -> Iterator[Translation]:
+    # Results keep the subfolders of their inputs, one for each subject: they belong to the run above them.
+    above = (parent for parent in folder.parents if parent == root or root in parent.parents)
+    if not _has_manifest(folder) and any(_has_manifest(parent) for parent in above):
+        return
+    for place in _parts_of_run(folder) if _has_manifest(folder) else [folder]:
+        for sidecar in sorted(place.glob("*.json")):
+            if not any(sidecar.with_suffix(suffix).is_file() for suffix in (".nii.gz", ".png")):
+                continue
+            content = _json(sidecar, dict)
+            if "prompt" in content or "source" not in content or content.get("synthetic") is not True:
+                continue
+            files = content.get("files") or {}
+            # Only the name: a JSON from elsewhere must not put other files of this machine into the page.
+            picture = place / Path(str(files.get("picture", ""))).name
+            yield Translation(
+                path=picture if files.get("picture") and picture.is_file() else None,
+                panels=tuple(str(panel) for panel in content.get("panels") or ()),
+                settings={key: content[key] for key in _TRANSLATION_SETTINGS if content.get(key) not in (None, "")},
+                intensity=content.get("intensity") or {},
+                origin={key: content[key] for key in _SAMPLE_ORIGIN if content.get(key) is not None},
+            )
+
+
+def _parts_of_run(folder: Path) -> Iterator[Path]:
+    """The folder and those below it that are no runs of their own."""
+    yield folder
+    for child in sorted(folder.iterdir()):
+        skipped = child.name in _NOT_RUNS or child.name.startswith(".") or _has_manifest(child)
+        if child.is_dir() and not child.is_symlink() and not skipped:
+            yield from _parts_of_run(child)
+
+
+def _has_manifest(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file()

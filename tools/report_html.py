@@ -16,7 +16,8 @@ from PIL import Image, UnidentifiedImageError
 Element = ElementTree.Element
 
 _PICTURE_PIXELS = 1600
-_ACRONYMS = {"ci", "cxr", "fid", "kid", "kl", "l1", "ldm", "mae", "mmd", "ms", "mse", "psnr", "ssim"}
+_ACRONYMS = {"ci", "cxr", "fid", "flair", "kid", "kl", "l1", "ldm", "mae", "mmd", "mr", "ms", "mse", "psnr", "ssim"}
+_SPELLED = {"controlnet": "ControlNet", "t1w": "T1w", "unet": "U-Net"}
 
 
 def element(tag: str, *children: str | Element, **attributes: Any) -> Element:
@@ -43,7 +44,9 @@ def number(value: float) -> str:
 
 def words(name: str) -> str:
     """A name from a file as words: `ms_ssim_reconstruction` -> `MS-SSIM reconstruction`."""
-    parts = [part.upper() if part in _ACRONYMS else part for part in name.replace("_", " ").split(" ")]
+    parts = [
+        part.upper() if part in _ACRONYMS else _SPELLED.get(part, part) for part in name.replace("_", " ").split(" ")
+    ]
     text = " ".join(parts).replace("MS SSIM", "MS-SSIM")
     return text[:1].upper() + text[1:]
 

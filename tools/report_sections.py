@@ -5,19 +5,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tools.report_chart import SMOOTH_FROM, WINDOW, Series, line_chart
-from tools.report_data import Run, Sample
-from tools.report_html import Element, element, figure, missing, number, table, words
+from tools.report_data import Run, Sample, Translation
+from tools.report_evaluation import evaluation_of
+from tools.report_html import Element, element, figure, missing, number, words
+from tools.report_samples import prompts_of, translations_of
 
-_MAX_PREVIEWS, _MAX_PROMPTS, _MAX_SEEDS = 6, 16, 8
-_SAMPLE_PIXELS = 512
-_FAILURE_WORDS = ("failure", "worst")
-_SETTING_WORDS = {"guidance_scale": "guidance", "num_inference_steps": "steps", "negative_prompt": "negative prompt"}
+_MAX_PREVIEWS = 6
 _LAST_CURVES = ("learning_rate", "gradient_norm")
 
 
@@ -28,9 +24,11 @@ def section_of(run: Run, *, anchor: str) -> Element:
     section.extend(_curves(run))
     section.extend(_previews(run))
     if run.evaluation is not None or run.evaluation_pictures:
-        section.extend(_evaluation(run))
+        section.extend(evaluation_of(run))
     if run.samples:
-        section.extend(_prompts(run.samples))
+        section.extend(prompts_of(run.samples))
+    if run.translations:
+        section.extend(translations_of(run.translations))
     if run.config is not None:
         text = json.dumps(run.config, indent=2, ensure_ascii=False)
         section.append(element("details", element("summary", "Configuration"), element("pre", element("code", text))))
@@ -42,8 +40,8 @@ def section_of(run: Run, *, anchor: str) -> Element:
 def _made_by(run: Run) -> list[Element]:
     if run.manifest is not None:
         facts = _facts(run.manifest)
-    elif run.samples:
-        facts = _flat(_common_origin(run.samples))
+    elif run.samples or run.translations:
+        facts = _flat(_common_origin([*run.samples, *run.translations]))
     else:
         facts = {}
     if not facts:
@@ -68,7 +66,7 @@ def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
     return facts | _flat({key: value for key, value in manifest.items() if key not in shown})
 
 
-def _common_origin(samples: Sequence[Sample]) -> dict[str, Any]:
+def _common_origin(samples: Sequence[Sample | Translation]) -> dict[str, Any]:
     """What all pictures say made them; a value on which they differ is left out."""
     first = samples[0].origin
     return {key: value for key, value in first.items() if all(one.origin.get(key) == value for one in samples)}
@@ -125,77 +123,6 @@ def _previews(run: Run) -> list[Element]:
     return parts
 
 
-def _evaluation(run: Run) -> list[Element]:
-    parts = [element("h3", "Evaluation")]
-    if run.evaluation is None:
-        parts.append(missing("The evaluation left pictures but no numbers (no evaluation/summary.json)."))
-    else:
-        rows = [
-            element(
-                "tr",
-                element("th", words(str(row["name"])), scope="row"),
-                element("td", _value(row["value"]), class_="num value"),
-                element("td", _interval(row.get("ci_low"), row.get("ci_high")), class_="num"),
-                element("td", _value(row["n"]), class_="num"),
-                element("td", str(row.get("note") or ""), class_="small quiet"),
-            )
-            for row in run.evaluation
-        ]
-        names = ("Measure", "Value", "95 % interval", "n", "Note")
-        parts.append(table(names, rows, numeric={"Value", "95 % interval", "n"}))
-    if run.per_image:
-        rows = []
-        for column, values in run.per_image.items():
-            cells = [str(len(values)), *(number(float(np.quantile(values, q))) for q in (0, 0.25, 0.5, 0.75, 1))]
-            cells_html = [element("td", cell, class_="num") for cell in cells]
-            rows.append(element("tr", element("th", words(column), scope="row"), *cells_html))
-        parts.append(element("h3", "Spread over images"))
-        columns = ("Measure", "n", "Lowest", "25 %", "Median", "75 %", "Highest")
-        parts.append(table(columns, rows, numeric=set(columns[1:])))
-    failures = [path for path in run.evaluation_pictures if any(word in path.stem for word in _FAILURE_WORDS)]
-    grids = [path for path in run.evaluation_pictures if path not in failures]
-    if grids:
-        parts += [element("h3", "Pictures of the evaluation"), _wide(grids)]
-    parts.append(element("h3", "Failure cases"))
-    parts.append(_wide(failures) if failures else missing("No failure cases were saved by the evaluation."))
-    return parts
-
-
-def _prompts(samples: Sequence[Sample]) -> list[Element]:
-    groups: dict[tuple[str, str], list[Sample]] = {}
-    for sample in samples:
-        settings = ", ".join(f"{_SETTING_WORDS.get(key, key)} {value}" for key, value in sample.settings.items())
-        groups.setdefault((sample.prompt, settings), []).append(sample)
-    parts = [element("h3", "Prompts and generated images")]
-    for (prompt, settings), members in list(groups.items())[:_MAX_PROMPTS]:
-        members.sort(key=lambda sample: (str(type(sample.seed)), sample.seed if sample.seed is not None else 0))
-        shown = members[:_MAX_SEEDS]
-        figures = [
-            figure(
-                sample.path,
-                f"seed {sample.seed}" if sample.seed is not None else "seed not recorded",
-                alt=f"Synthetic image for the prompt “{prompt}”, seed {sample.seed}",
-                pixels=_SAMPLE_PIXELS,
-            )
-            for sample in shown
-        ]
-        rest = f"{len(shown)} of {len(members)} images are shown" if len(shown) < len(members) else ""
-        below = "; ".join(text for text in (settings, rest) if text)
-        parts.append(
-            element(
-                "div",
-                element("blockquote", f"“{prompt}”" if prompt else "(empty prompt)"),
-                *([element("p", below, class_="quiet small")] if below else []),
-                element("div", *figures, class_="seeds"),
-                class_="prompt",
-            )
-        )
-    if len(groups) > _MAX_PROMPTS:
-        text = f"{_MAX_PROMPTS} of {len(groups)} prompts are shown."
-        parts.append(element("p", text, class_="quiet small"))
-    return parts
-
-
 def title_of(run: Run) -> str:
     """The stage from the manifest, else the folder."""
     task = (run.manifest or {}).get("task")
@@ -206,16 +133,6 @@ def _flat(values: Any) -> dict[str, Any]:
     if not isinstance(values, dict):
         return {}
     return {key: json.dumps(v, ensure_ascii=False) if isinstance(v, (dict, list)) else v for key, v in values.items()}
-
-
-def _value(value: Any) -> str:
-    if value is None:
-        return "–"
-    return number(value) if isinstance(value, float) else str(value)
-
-
-def _interval(low: Any, high: Any) -> str:
-    return f"{_value(low)} to {_value(high)}" if low is not None and high is not None else "–"
 
 
 def duration(seconds: float) -> str:
@@ -231,8 +148,3 @@ def _spread(items: list, count: int) -> list:
     if len(items) <= count:
         return items
     return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
-
-
-def _wide(paths: Sequence[Path]) -> Element:
-    figures = [figure(path, words(path.stem), alt=f"Picture grid: {words(path.stem)}") for path in paths]
-    return element("div", *figures, class_="pictures wide")

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures while training runs."""
+"""Pictures while training runs.
+
+Brain slices are tensors with the left-right axis first; ``for_display`` turns them as radiologists look at them.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
-from shared.files import atomic_path
+from shared.pictures import save_grid
+from shared.transforms.volumes import for_display
 
 
 class PreviewGrid:
@@ -69,25 +70,38 @@ class ReconstructionPreview:
 
     Args:
         autoencoder: with ``encode(x) -> (mean, sigma)`` and ``decode``.
-        dataset: gives items with ``image`` ``(1, H, W)``.
+        dataset: gives items with an image ``(1, H, W)``.
+        key: key of the image.
         columns: pictures in a row.
-        n: number of images, the first of the dataset.
+        n: number of images.
+        spread: take images evenly spaced over the dataset instead of its first; neighbouring slices look alike.
+        display: turns the pictures ``(N, 1, H, W)`` as people look at them, e.g. ``for_display``; ``None`` leaves them.
         device: where the network is.
     """
 
     def __init__(
-        self, autoencoder: Any, dataset: Any, *, columns: int = 8, n: int = 8, device: torch.device | str = "cpu"
+        self,
+        autoencoder: Any,
+        dataset: Any,
+        *,
+        key: str = "image",
+        columns: int = 8,
+        n: int = 8,
+        spread: bool = False,
+        display: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.autoencoder, self.dataset, self.columns, self.n, self.device = autoencoder, dataset, columns, n, device
+        self.autoencoder, self.dataset, self.columns, self.device = autoencoder, dataset, columns, device
+        self.key, self.n, self.spread, self.display = key, n, spread, display
 
     def __call__(self) -> torch.Tensor:
-        count = min(self.n, len(self.dataset))
-        images = torch.stack([torch.as_tensor(self.dataset[i]["image"]) for i in range(count)]).to(self.device)
-        was_training = self.autoencoder.training
-        self.autoencoder.eval()
-        mean, _ = self.autoencoder.encode(images)
-        reconstructions = self.autoencoder.decode(mean)
-        self.autoencoder.train(was_training)
+        indices = spread_indices(len(self.dataset), self.n) if self.spread else range(min(self.n, len(self.dataset)))
+        images = torch.stack([torch.as_tensor(self.dataset[i][self.key]) for i in indices]).to(self.device)
+        with _evaluating(self.autoencoder):
+            mean, _ = self.autoencoder.encode(images)
+            reconstructions = self.autoencoder.decode(mean)
+        if self.display is not None:
+            images, reconstructions = self.display(images), self.display(reconstructions)
         rows = zip(images.split(self.columns), reconstructions.split(self.columns), strict=True)
         return torch.cat([_pad_row(part, self.columns) for pair in rows for part in pair])
 
@@ -122,27 +136,89 @@ class SamplePreview:
         self.tokens = torch.stack((tokenizer(texts), tokenizer([""] * len(texts))), dim=1)
 
     def __call__(self) -> torch.Tensor:
-        was_training = self.network.training
-        self.network.eval()
-        images = self.sampler(self.tokens.to(self.device), self.network, seeds=self.seeds)
-        self.network.train(was_training)
-        return images
+        with _evaluating(self.network):
+            return self.sampler(self.tokens.to(self.device), self.network, seeds=self.seeds)
 
 
-def save_grid(images: torch.Tensor, path: str | Path, *, columns: int = 8, gap: int = 2) -> None:
-    """Write images ``(N, 1, H, W)`` in [0, 1] as one 8-bit grey PNG, row by row; values outside are clamped."""
-    values = images.detach().float().cpu().clamp(0, 1).numpy()[:, 0]
-    count, height, width = values.shape
-    columns = min(columns, count)
-    rows = math.ceil(count / columns)
-    grid = np.ones((rows * (height + gap) - gap, columns * (width + gap) - gap), dtype=np.float32)
-    for index, value in enumerate(values):
-        top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
-        grid[top : top + height, left : left + width] = value
-    marker = PngInfo()
-    marker.add_text("Comment", "contains synthetic images; research only, not for diagnosis")
-    with atomic_path(path) as temporary:
-        Image.fromarray((grid * 255).round().astype(np.uint8)).save(temporary, format="PNG", pnginfo=marker)
+class TranslationPreview:
+    """Rows of condition | generated | true | difference of the same few dataset items, with the same seeds.
+
+    The difference is ``|generated - true|``, times two and clipped. Of several condition channels the first is shown.
+    Items stand in the middle of ``n`` equal parts of the dataset: with ``n`` volumes of all their slices, the middle
+    slice of each. Use four columns.
+
+    Args:
+        network: network to sample from, e.g. the moving average.
+        sampler: ``sampler(condition, network, seeds=...)``, condition ``(n, K, X, Y)`` in [0, 1], returns
+            ``(n, 1, X, Y)``, or ``(n, 2, X, Y)`` whose first channel is the mean of several samples.
+        dataset: gives items with condition ``(K, X, Y)`` and target ``(1, X, Y)``, both in [0, 1].
+        condition_key: key of the condition.
+        target_key: key of the true image.
+        n: number of items.
+        seed: seed of the first item; the next ones count up.
+        device: where the network is.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        sampler: Callable[..., torch.Tensor],
+        dataset: Any,
+        *,
+        condition_key: str = "condition",
+        target_key: str = "image",
+        n: int = 4,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.network, self.sampler, self.dataset = network, sampler, dataset
+        self.condition_key, self.target_key, self.n, self.seed, self.device = condition_key, target_key, n, seed, device
+
+    def __call__(self) -> torch.Tensor:
+        items = [self.dataset[index] for index in spread_indices(len(self.dataset), self.n)]
+        condition = torch.stack([torch.as_tensor(item[self.condition_key]) for item in items]).to(self.device)
+        true = torch.stack([torch.as_tensor(item[self.target_key]) for item in items]).to(self.device)
+        seeds = [self.seed + index for index in range(len(items))]
+        with _evaluating(self.network):
+            generated = self.sampler(condition, self.network, seeds=seeds)[:, :1]
+        difference = (2 * (generated - true).abs()).clamp(max=1)
+        rows = torch.stack((condition[:, :1], generated, true, difference), dim=1)
+        return for_display(rows.flatten(0, 1))
+
+
+class UnconditionalPreview:
+    """Samples without a condition image, with fixed seeds.
+
+    Args:
+        network: network to sample from, e.g. the moving average; the samples are made where it is.
+        sampler: with ``sample(network, seeds=...) -> (n, 1, X, Y)`` in [0, 1].
+        n: number of samples.
+        seed: seed of the first sample; the next ones count up.
+    """
+
+    def __init__(self, network: nn.Module, sampler: Any, *, n: int = 8, seed: int = 0) -> None:
+        self.network, self.sampler = network, sampler
+        self.seeds = [seed + index for index in range(n)]
+
+    def __call__(self) -> torch.Tensor:
+        with _evaluating(self.network):
+            return for_display(self.sampler.sample(self.network, seeds=self.seeds)[:, :1])
+
+
+def spread_indices(length: int, count: int) -> list[int]:
+    """Middles of ``count`` equal parts of ``range(length)``; all indices where there are no more than ``count``."""
+    count = min(count, length)
+    return [(2 * part + 1) * length // (2 * count) for part in range(count)]
+
+
+@contextlib.contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)
 
 
 def _pad_row(images: torch.Tensor, columns: int) -> torch.Tensor:

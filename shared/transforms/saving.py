@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import importlib.metadata
 import json
 import os
 from collections.abc import Hashable, Mapping
@@ -13,27 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
-from shared.files import atomic_path, save_json, sha256_of_file
+from shared.files import atomic_path, save_json
+from shared.pictures import INTENDED_USE, SYNTHETIC_NOTE, made_with, picture_marks, save_marked_png, to_grey
 from shared.transforms.prompts import is_monai_label_request
 
-INTENDED_USE = "research only, not for diagnosis"
-SYNTHETIC_NOTE = f"Synthetic image made by a generative model, not an image of a patient. Use: {INTENDED_USE}."
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # DICOM PS3.4, Secondary Capture Image Storage
-
-
-def to_grey(image: torch.Tensor | np.ndarray, bits: int) -> np.ndarray:
-    """Picture ``(1, H, W)`` in [0, 1] to unsigned integers ``(H, W)``, rounded to nearest, full range of ``bits``."""
-    values = np.asarray(torch.as_tensor(image).detach().cpu().float())
-    if values.ndim != 3 or values.shape[0] != 1:
-        raise ValueError(f"pred: expected a picture (1, H, W), got {values.shape}.")
-    dtype = np.uint8 if bits == 8 else np.uint16
-    return (values[0].clip(0.0, 1.0) * np.iinfo(dtype).max).round().astype(dtype)
 
 
 class SaveSampled(MapTransform):
@@ -89,7 +75,7 @@ class SaveSampled(MapTransform):
             "num_inference_steps": num_inference_steps,
             "scheduler": scheduler,
         }
-        self._weights_sha256: str | None = None
+        self._made_with: dict[str, Any] | None = None
         self._study_uid: str | None = None
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -101,10 +87,9 @@ class SaveSampled(MapTransform):
         return d
 
     def _description(self, data: Mapping[Hashable, Any]) -> dict[str, Any]:
-        if self.weights_path is not None and self._weights_sha256 is None:
-            if not self.weights_path.is_file():
-                raise FileNotFoundError(f"{self.weights_path}: expected the weights of the samples, found no file.")
-            self._weights_sha256 = sha256_of_file(self.weights_path)
+        # Hashing large weights takes seconds: once, not for each picture.
+        if self._made_with is None:
+            self._made_with = made_with(self.weights_path)
         return {
             "synthetic": True,
             "intended_use": INTENDED_USE,
@@ -113,23 +98,16 @@ class SaveSampled(MapTransform):
             "seed": int(data.get("seed", 0)),
             **self.settings,
             "bits": self.bits,
-            "weights_sha256": self._weights_sha256,
-            "monai_version": importlib.metadata.version("monai"),
-            "torch_version": str(torch.__version__),
+            **self._made_with,
         }
 
     def _save(self, grey: np.ndarray, description: dict[str, Any], prompt_index: int) -> None:
         path = self._free_path(f"{prompt_index}_{description['seed']}", description)
-        marks = PngInfo()
-        marks.add_text("Comment", SYNTHETIC_NOTE)
-        marks.add_text("Software", "cxr_ldm")
-        for name, value in description.items():
-            # Not the prompt: a picture is passed on more freely than the JSON beside it.
-            if not name.endswith("prompt"):
-                marks.add_text(name, json.dumps(value))
-        marks.add_text("prompt_sha256", hashlib.sha256(description["prompt"].encode()).hexdigest())
-        with atomic_path(path) as temporary:
-            Image.fromarray(grey).save(temporary, format="PNG", pnginfo=marks)
+        # Not the prompt: a picture is passed on more freely than the JSON beside it.
+        stated = {name: value for name, value in description.items() if not name.endswith("prompt")}
+        marks = picture_marks(stated, software="cxr_ldm")
+        marks["prompt_sha256"] = hashlib.sha256(description["prompt"].encode()).hexdigest()
+        save_marked_png(grey, path, marks)
         if self.dicom:
             self._save_dicom(grey, path.with_suffix(".dcm"), description["seed"])
         save_json(description, path.with_suffix(".json"))

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Translated volumes on disk: on the input's grid, marked as synthetic, with an explanation and a picture beside."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from PIL import Image
+
+from shared.files import save_json, sha256_of_file
+from shared.intensity import unscale_intensity
+from shared.nifti_files import write_nifti
+from shared.pair_checks import grid_distance
+from shared.pictures import INTENDED_USE, made_with, picture_marks, save_marked_png, to_grey
+from shared.transforms.prompts import is_monai_label_request
+from shared.transforms.volumes import PICTURE_SUFFIX, as_paths, open_volume, scaling_of
+from shared.translation_picture import comparison_panels, on_same_grid, save_comparison
+
+logger = logging.getLogger(__name__)
+
+SCALED_UNIT = "[0, 1]"
+SCANNER_UNIT = "scanner intensities of the reference"
+_CONDITION_NAME = re.compile(r"(?:^|[_-])flair$", re.IGNORECASE)
+
+
+class SaveTranslatedVolumed(MapTransform):
+    """Write ``<input>_T1w.nii.gz`` with ``<input>_T1w.json`` and the picture ``<input>_T1w.png`` beside it.
+
+    ``<input>`` is the name of the input file without ``_FLAIR``; of several samples the mean is written, and their
+    standard deviation as ``<input>_T1w_sd.nii.gz``. The volume is float32 and has the input's shape, and the bits of
+    its qform and sform. A 2-D PNG gives a PNG of the same size and depth; its picture is called
+    ``<input>_T1w_comparison.png``.
+
+    ``monai.transforms.SaveImaged`` does not fit: it writes in place, makes its own qform and sform of the affine, names
+    nothing as synthetic, and overwrites the volume of another input that has the same name.
+
+    The same input overwrites what an earlier run wrote for it. Of another input with the same name the file is kept
+    and the new one is called ``..._1``. A file that is not synthetic, such as a true T1w, is never overwritten.
+
+    Does nothing in a MONAI Label request.
+
+    Args:
+        keys: ``(1, X, Y, Z)`` in [0, 1] on the input's grid (after ``Invertd``), or ``(2, X, Y, Z)``: mean and standard
+            deviation; of a slice without Z.
+        output_dir: folder, made when missing.
+        suffix: contrast at the end of the names.
+        image_key: loaded input, whose metadata tell the input file. The metadata of ``keys`` are asked first.
+        source: folder below which the inputs lie: their subfolders are kept below ``output_dir``; a file or ``None``:
+            all results go into ``output_dir`` itself.
+        weights_path: file whose SHA-256 is stated; ``None`` states null.
+        reference: volume, in scanner intensities, into whose robust range the values are mapped; ``None``: see next.
+        reference_key: key of such a volume of each item. When that is a prepared one (in [0, 1]), the item's
+            ``intensity`` tells its scanner intensities. ``None``: values stay in [0, 1].
+        true_key: key of the true image, shown in the picture where an item has it.
+        picture: write the picture too.
+        software: name of the bundle, stated in the picture.
+        num_inference_steps: stated in the JSON, as are the next five.
+        guidance_scale: see above.
+        conditioning_scale: see above.
+        seed: see above.
+        num_samples: see above.
+        scheduler: see above.
+
+    Raises:
+        ValueError: both kinds of reference, a reference without scanner intensities, a volume on another grid than the
+            input or with values that are not finite, or a file in the way that is not synthetic.
+        FileNotFoundError: no such weights or reference.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection = "pred",
+        *,
+        output_dir: str | os.PathLike,
+        suffix: str = "T1w",
+        image_key: str = "image",
+        source: str | os.PathLike | None = None,
+        weights_path: str | os.PathLike | None = None,
+        reference: str | os.PathLike | None = None,
+        reference_key: str | None = None,
+        true_key: str = "t1w",
+        picture: bool = True,
+        software: str = "brain_controlnet",
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        conditioning_scale: float | list[float] | None = None,
+        seed: int | None = None,
+        num_samples: int | None = None,
+        scheduler: str | None = None,
+    ) -> None:
+        super().__init__(keys)
+        if reference and reference_key:
+            raise ValueError(f"reference: expected it or reference_key, got both ({reference}, {reference_key}).")
+        if reference and not Path(reference).is_file():
+            raise FileNotFoundError(f"{reference}: expected the reference volume, found no file; correct reference.")
+        self.output_dir, self.suffix, self.image_key, self.true_key = Path(output_dir), suffix, image_key, true_key
+        self.source = None if source is None else Path(os.path.abspath(source))
+        self.weights_path = weights_path
+        self.reference, self.reference_key = reference or None, reference_key or None
+        self.picture, self.software = picture, software
+        self.settings = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "conditioning_scale": conditioning_scale,
+            "seed": seed,
+            "num_samples": num_samples,
+            "scheduler": scheduler,
+        }
+        self._made_with: dict[str, Any] | None = None
+        self._written: dict[Path, str] = {}
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        if is_monai_label_request(d):
+            return d
+        for key in self.key_iterator(d):
+            self._save(d, key)
+        return d
+
+    def _save(self, data: Mapping[Hashable, Any], key: Hashable) -> None:
+        path = self._input_path(data, key)
+        mean, deviation = _volumes_of(data[key], path, key=key)
+        low, high, intensity = self._intensity(data)
+        is_png = path.lower().endswith(PICTURE_SUFFIX)
+        if is_png and intensity["unit"] != SCALED_UNIT:
+            raise ValueError(f"{path}: a PNG holds {SCALED_UNIT}, not scanner intensities; leave out the reference.")
+        panels = None
+        if self.picture:
+            panels = comparison_panels(path, mean, deviation, true=self._true_on_grid(data, path))
+
+        source_sha256 = sha256_of_file(path)
+        stem = self._free_stem(path, source_sha256, extension=".png" if is_png else ".nii.gz")
+        extension, picture = (".png", "_comparison.png") if is_png else (".nii.gz", ".png")
+        volumes = {stem.name + extension: unscale_intensity(mean, low, high)}
+        files = {"image": stem.name + extension}
+        if deviation is not None:
+            volumes[f"{stem.name}_sd{extension}"] = deviation * np.float32(high - low)
+            files["standard_deviation"] = f"{stem.name}_sd{extension}"
+        description = self._description(source_sha256, intensity)
+        if panels is not None:
+            files["picture"] = stem.name + picture
+        # The JSON first: it says whose the other files are, should the process end in between.
+        sidecar = stem.with_name(f"{stem.name}.json")
+        _remove_earlier(sidecar, set(files.values()))
+        shown = {} if panels is None else {"panels": list(panels)}
+        # The name of a file may be that of a patient: in the JSON beside the volume, not inside what is passed on.
+        save_json({**description, "source": Path(path).name, "files": files, **shown}, sidecar)
+        for name, values in volumes.items():
+            if is_png:
+                self._write_png(values, stem.with_name(name), like=path, description=description)
+            else:
+                write_nifti(values, stem.with_name(name), like=path)
+        if panels is not None:
+            marks = picture_marks({**description, **shown}, software=self.software)
+            save_comparison(panels, stem.with_name(files["picture"]), marks=marks)
+
+    def _input_path(self, data: Mapping[Hashable, Any], key: Hashable) -> str:
+        path = path_of(data[key]) or path_of(data.get(self.image_key))
+        if path is None:
+            raise ValueError(
+                f"{key}: expected metadata with the input file (filename_or_obj), got none; load with LoadVolumed and "
+                "put Invertd before."
+            )
+        return path
+
+    def _true_on_grid(self, data: Mapping[Hashable, Any], path: str) -> str | None:
+        true = path_of(data.get(self.true_key))
+        if true is None or on_same_grid(true, path):
+            return true
+        logger.warning(
+            "%s: the true image lies on another grid than the input and is left out of the picture; resample it to see "
+            "both.",
+            self.true_key,
+        )
+        return None
+
+    def _description(self, source_sha256: str, intensity: dict[str, Any]) -> dict[str, Any]:
+        # Hashing large weights takes seconds: once, not for each volume.
+        if self._made_with is None:
+            self._made_with = {**made_with(self.weights_path), "nibabel_version": nibabel.__version__}
+        return {
+            "synthetic": True,
+            "intended_use": INTENDED_USE,
+            "contrast": self.suffix,
+            "source_sha256": source_sha256,
+            **self.settings,
+            "intensity": intensity,
+            **self._made_with,
+        }
+
+    def _intensity(self, data: Mapping[Hashable, Any]) -> tuple[float, float, dict[str, Any]]:
+        """Values that 0 and 1 become, and what to say about it."""
+        if self.reference is None and self.reference_key is None:
+            return 0.0, 1.0, {"unit": SCALED_UNIT}
+        path = os.fspath(self.reference) if self.reference else path_of(data.get(self.reference_key))
+        if path is None:
+            raise ValueError(
+                f"{self.reference_key}: expected a reference volume in each item, got none; set reference_key to null "
+                "to keep values in [0, 1], or give the path of one reference."
+            )
+        low, high = scaling_of(open_volume(path).read(), name=path)
+        if (low, high) == (0.0, 1.0):
+            stated = (data.get("intensity") or {}).get(self.reference_key)
+            if stated is None:
+                raise ValueError(
+                    f"{path}: expected scanner intensities of the reference, but its values lie in [0, 1] already; "
+                    "give the original volume, or no reference to keep values in [0, 1]."
+                )
+            low, high = (float(value) for value in stated)
+        return low, high, {"unit": SCANNER_UNIT, "low": low, "high": high}
+
+    def _free_stem(self, path: str, source_sha256: str, *, extension: str) -> Path:
+        """Where the files go, without extensions; claimed for this input."""
+        folder, name = self.output_dir, f"{_subject_name(path)}{self.suffix}"
+        absolute = Path(os.path.abspath(path))
+        if self.source is not None and self.source.is_dir() and absolute.is_relative_to(self.source):
+            folder = folder / absolute.parent.relative_to(self.source)
+        number = 0
+        while True:
+            stem = folder / f"{name}{f'_{number}' if number else ''}"
+            number += 1
+            sidecar = _read_sidecar(stem.with_name(f"{stem.name}.json"))
+            result = stem.with_name(stem.name + extension)
+            if sidecar is None and (result.exists() or stem.with_name(f"{stem.name}.json").exists()):
+                raise ValueError(
+                    f"{result}: expected no file or a synthetic one, found one that this program did not write; "
+                    "choose another output_dir."
+                )
+            # Copies of one file in two folders are two inputs.
+            owner = self._written.get(stem, str(absolute))
+            if owner == str(absolute) and (sidecar is None or sidecar.get("source_sha256") == source_sha256):
+                self._written[stem] = owner
+                return stem
+
+    def _write_png(self, values: np.ndarray, path: Path, *, like: str, description: Mapping[str, Any]) -> None:
+        with Image.open(like) as opened:
+            bits = 16 if opened.mode.startswith("I") else 8
+        grey = to_grey(torch.from_numpy(values.reshape(1, *values.shape[:2])), bits)
+        save_marked_png(grey, path, picture_marks(description, software=self.software))
+
+
+def path_of(value: Any) -> str | None:
+    """The (first) file of an item's entry: a path, a list of paths, or a tensor that remembers its file; else None."""
+    if isinstance(value, MetaTensor):
+        value = value.meta.get("filename_or_obj")
+    if not isinstance(value, str | os.PathLike | list | tuple) or not value:
+        return None
+    return as_paths(value, key="image")[0]
+
+
+def _volumes_of(pred: Any, path: str, *, key: Hashable) -> tuple[np.ndarray, np.ndarray | None]:
+    """Mean and standard deviation ``(X, Y, Z)`` float32, checked against the grid of the input."""
+    plain = pred.as_tensor() if isinstance(pred, MetaTensor) else torch.as_tensor(pred)
+    values = plain.detach().cpu().float().numpy()
+    values = values[..., None] if values.ndim == 3 else values
+    file = open_volume(path)
+    if values.ndim != 4 or values.shape[0] not in (1, 2) or values.shape[1:] != file.shape:
+        raise ValueError(
+            f"{key}: expected (1 or 2, {', '.join(map(str, file.shape))}) as {path} has it, got {values.shape}; put "
+            "Invertd before."
+        )
+    if isinstance(pred, MetaTensor):
+        apart = grid_distance(file.shape, pred.affine.cpu().numpy(), file.affine)
+        if apart > 1e-2:
+            raise ValueError(
+                f"{key}: expected the affine of {path}, got one that puts voxels up to {apart:.3g} mm apart; put "
+                "Invertd before."
+            )
+    if not np.isfinite(values).all():
+        raise ValueError(f"{key}: expected finite values for {path}, got NaN or infinity; try --amp False.")
+    return values[0], values[1] if len(values) == 2 else None
+
+
+def _subject_name(path: str) -> str:
+    """``.../sub-01_FLAIR.nii.gz`` -> ``sub-01_``; empty for ``flair.nii``."""
+    name = re.sub(r"\.(nii\.gz|nii|png)$", "", Path(path).name, flags=re.IGNORECASE)
+    name = _CONDITION_NAME.sub("", name)
+    return f"{name}_" if name else ""
+
+
+def _read_sidecar(path: Path) -> dict[str, Any] | None:
+    """What an earlier run said about its result; None where there is no such file or another program's."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) and content.get("synthetic") is True else None
+
+
+def _remove_earlier(sidecar: Path, kept: set[str]) -> None:
+    """Delete what an earlier run wrote beside ``sidecar`` and this one will not: it would belong to other voxels."""
+    earlier = (_read_sidecar(sidecar) or {}).get("files", {})
+    for name in set(earlier.values()) - kept:
+        sidecar.with_name(Path(name).name).unlink(missing_ok=True)
