@@ -11,8 +11,8 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer
 from monai.networks.schedulers import Scheduler
 from monai.utils import convert_to_dst_type, optional_import
-from torch import nn
 
+from shared.distributed import unwrapped
 from shared.schedulers import diffusion_timesteps
 
 tqdm, has_tqdm = optional_import("tqdm", name="tqdm")
@@ -76,7 +76,7 @@ def chosen(value: Any) -> Any:
     return value[0] if isinstance(value, list | tuple) and value else value
 
 
-def _number(name: str, value: Any, kind: type, low: float, high: float) -> Any:
+def number(name: str, value: Any, kind: type, low: float, high: float) -> Any:
     """``value`` as ``kind`` within ``[low, high]``; text fields of clients send numbers as strings."""
     value = chosen(value)
     try:
@@ -90,30 +90,18 @@ def _number(name: str, value: Any, kind: type, low: float, high: float) -> Any:
     return kind(number)
 
 
-class GuidedLatentSampler(Inferer):
-    """Images from prompts: classifier-free guided latent diffusion with one seed per sample.
+class LatentSampler(Inferer):
+    """What samplers of latent diffusion models share: options, seeded noise, the reverse process, decoding.
 
-    ``monai.inferers.LatentDiffusionInferer`` does not fit: an engine and MONAI Label call ``inferer(inputs, network)``
-    while its ``sample`` wants noise, autoencoder, U-Net and embeddings apart; it guides with a constant instead of an
-    encoded negative prompt, and always evaluates both branches.
-
-    The text is encoded once per call. Guidance 1 evaluates the prompt alone and guidance 0 the negative prompt alone;
-    any other scale evaluates both halves in one forward. Text encoding and decoding run in float32 under autocast too.
-    Predicted latents are not clipped: they are not bounded.
+    Options may come as strings and as lists whose first entry counts: clients of MONAI Label send them so.
 
     Args:
         scheduler: a scheduler (see ``shared.schedulers``), or the name of one in ``schedulers``.
         schedulers: schedulers by name, when ``scheduler`` is a name (a client option).
         num_inference_steps: denoising steps, 1 to T.
-        guidance_scale: 0 to 100; see ``guide``.
-        guidance_rescale: 0 to 1; see ``guide``.
-        seed: seed of the first sample when a call gives no seeds; the following samples count up.
-        latent_shape: ``(C, h, w)`` of one latent.
-        batch_size: samples denoised at a time, ``None`` for all; the result does not depend on it.
+        seed: seed of the first sample when a call gives no seeds, 0 to 2**53.
         decode_batch_size: latents decoded at a time, since decoding needs far more memory per sample than denoising.
         progress: show a bar of the steps on stderr.
-
-    Numbers may come as strings and options as lists whose first entry counts: clients of MONAI Label send them so.
 
     Raises:
         ValueError: for an option outside its range; the message starts with its name.
@@ -125,35 +113,109 @@ class GuidedLatentSampler(Inferer):
         scheduler: Scheduler | str | Sequence[str],
         schedulers: Mapping[str, Scheduler] | None = None,
         num_inference_steps: int | str = 50,
-        guidance_scale: float | str = 7.0,
-        guidance_rescale: float | str = 0.0,
         seed: int | str = 0,
-        latent_shape: Sequence[int] = (3, 64, 64),
-        batch_size: int | None = None,
         decode_batch_size: int = 4,
         progress: bool = False,
     ) -> None:
         super().__init__()
-        self.scheduler = self._pick(chosen(scheduler), schedulers or {})
-        self.num_inference_steps = _number(
-            "num_inference_steps", num_inference_steps, int, 1, self.scheduler.num_train_timesteps
-        )
-        self.guidance_scale = _number("guidance_scale", guidance_scale, float, 0, 100)
-        self.guidance_rescale = _number("guidance_rescale", guidance_rescale, float, 0, 1)
-        self.seed = _number("seed", seed, int, 0, 2**53)
-        self.latent_shape = tuple(latent_shape)
-        self.batch_size = None if batch_size is None else _number("batch_size", batch_size, int, 1, 2**31)
-        self.decode_batch_size = _number("decode_batch_size", decode_batch_size, int, 1, 2**31)
+        self.scheduler = _pick(chosen(scheduler), schedulers or {})
+        steps = self.scheduler.num_train_timesteps
+        self.num_inference_steps = number("num_inference_steps", num_inference_steps, int, 1, steps)
+        self.seed = number("seed", seed, int, 0, 2**53)
+        self.decode_batch_size = number("decode_batch_size", decode_batch_size, int, 1, 2**31)
         self.progress = progress
 
-    @staticmethod
-    def _pick(scheduler: Scheduler | str, schedulers: Mapping[str, Scheduler]) -> Scheduler:
-        if isinstance(scheduler, Scheduler):
-            return scheduler
-        if scheduler not in schedulers:
-            known = ", ".join(schedulers) or "a scheduler object"
-            raise ValueError(f"scheduler: expected {known}, got {scheduler!r}.")
-        return schedulers[scheduler]
+    def draw(
+        self,
+        predict: Predict,
+        model: Any,
+        seeds: Sequence[int],
+        latent_shape: Sequence[int],
+        device: torch.device,
+        *,
+        remedy: str,
+    ) -> torch.Tensor:
+        """Denoise one latent per seed and decode it.
+
+        Returns:
+            Images ``(len(seeds), 1, H, W)`` in [0, 1], float32.
+
+        Raises:
+            ValueError: when a latent is not finite; the message starts with ``remedy``'s option and names the seeds.
+        """
+        # Equal seeds give equal noise: slices of one volume share theirs, drawn once.
+        unique = list(dict.fromkeys(seeds))
+        noise = seeded_noise(unique, latent_shape)[[unique.index(seed) for seed in seeds]].to(device)
+        timesteps: Iterable[int] = diffusion_timesteps(self.scheduler, self.num_inference_steps)
+        if self.progress and has_tqdm:
+            timesteps = tqdm(timesteps, desc=f"{len(seeds)} samples", unit="step")
+        latents = sample_latents(predict, self.scheduler, noise, timesteps)
+        finite = latents.flatten(1).isfinite().all(dim=1)
+        if not finite.all():
+            bad = list(dict.fromkeys(seed for seed, ok in zip(seeds, finite.tolist(), strict=True) if not ok))
+            raise ValueError(remedy.format(seeds=bad[:8]))
+        with torch.autocast(device.type, enabled=False):
+            images = [model.decode(part).float().clamp(0.0, 1.0) for part in latents.split(self.decode_batch_size)]
+        return torch.cat(images)
+
+
+def _pick(scheduler: Scheduler | str, schedulers: Mapping[str, Scheduler]) -> Scheduler:
+    if isinstance(scheduler, Scheduler):
+        return scheduler
+    if scheduler not in schedulers:
+        known = ", ".join(schedulers) or "a scheduler object"
+        raise ValueError(f"scheduler: expected {known}, got {scheduler!r}.")
+    return schedulers[scheduler]
+
+
+def listed_seeds(seeds: torch.Tensor | Sequence[int], count: int) -> list[int]:
+    """Seeds as numbers, one per sample.
+
+    Raises:
+        ValueError: for another number of seeds.
+    """
+    numbers = [int(seed) for seed in (seeds.tolist() if isinstance(seeds, torch.Tensor) else seeds)]
+    if len(numbers) != count:
+        raise ValueError(f"seeds: expected one per sample ({count}), got {len(numbers)}.")
+    return numbers
+
+
+class GuidedLatentSampler(LatentSampler):
+    """Images from prompts: classifier-free guided latent diffusion with one seed per sample.
+
+    ``monai.inferers.LatentDiffusionInferer`` does not fit: an engine and MONAI Label call ``inferer(inputs, network)``
+    while its ``sample`` wants noise, autoencoder, U-Net and embeddings apart; it guides with a constant instead of an
+    encoded negative prompt, and always evaluates both branches.
+
+    The text is encoded once per call. Guidance 1 evaluates the prompt alone and guidance 0 the negative prompt alone;
+    any other scale evaluates both halves in one forward. Text encoding and decoding run in float32 under autocast too.
+    Predicted latents are not clipped: they are not bounded.
+
+    Args:
+        guidance_scale: 0 to 100; see ``guide``.
+        guidance_rescale: 0 to 1; see ``guide``.
+        latent_shape: ``(C, h, w)`` of one latent.
+        batch_size: samples denoised at a time, ``None`` for all; the result does not depend on it.
+        options: see :class:`LatentSampler`; without seeds in a call, samples count up from ``seed``.
+
+    Raises:
+        ValueError: for an option outside its range; the message starts with its name.
+    """
+
+    def __init__(
+        self,
+        *,
+        guidance_scale: float | str = 7.0,
+        guidance_rescale: float | str = 0.0,
+        latent_shape: Sequence[int] = (3, 64, 64),
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.guidance_scale = number("guidance_scale", guidance_scale, float, 0, 100)
+        self.guidance_rescale = number("guidance_rescale", guidance_rescale, float, 0, 1)
+        self.latent_shape = tuple(latent_shape)
+        self.batch_size = None if batch_size is None else number("batch_size", batch_size, int, 1, 2**31)
 
     @torch.no_grad()
     def __call__(
@@ -181,14 +243,8 @@ class GuidedLatentSampler(Inferer):
                 f"{tuple(inputs.shape)}; use shared.transforms.prompts.PromptToTokensd."
             )
         count = inputs.shape[0]
-        if seeds is None:
-            seeds = range(self.seed, self.seed + count)
-        numbers = [int(seed) for seed in (seeds.tolist() if isinstance(seeds, torch.Tensor) else seeds)]
-        if len(numbers) != count:
-            raise ValueError(f"seeds: expected one per sample ({count}), got {len(numbers)}.")
-        # No gradients here, so nothing to synchronise: the wrapper of DistributedDataParallel only hides the methods.
-        wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-        model: Any = network.module if isinstance(network, wrappers) else network
+        numbers = listed_seeds(range(self.seed, self.seed + count) if seeds is None else seeds, count)
+        model: Any = unwrapped(network)
         tokens = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
         size = self.batch_size or count
         images = [
@@ -198,23 +254,13 @@ class GuidedLatentSampler(Inferer):
         return convert_to_dst_type(torch.cat(images), inputs, dtype=torch.float32)[0]
 
     def _draw(self, tokens: torch.Tensor, model: Any, seeds: Sequence[int]) -> torch.Tensor:
-        noise = seeded_noise(seeds, self.latent_shape).to(tokens.device)
         with torch.autocast(tokens.device.type, enabled=False):
             predict = self._predictor(tokens, model)
-        timesteps: Iterable[int] = diffusion_timesteps(self.scheduler, self.num_inference_steps)
-        if self.progress and has_tqdm:
-            timesteps = tqdm(timesteps, desc=f"{len(seeds)} samples", unit="step")
-        latents = sample_latents(predict, self.scheduler, noise, timesteps)
-        finite = latents.flatten(1).isfinite().all(dim=1)
-        if not finite.all():
-            bad = [seed for seed, ok in zip(seeds, finite.tolist(), strict=True) if not ok]
-            raise ValueError(
-                f"guidance_scale: expected finite latents, got NaN or infinity for seeds {bad[:8]} at guidance "
-                f"{self.guidance_scale:g}; try --amp False or a lower guidance_scale, and check the weights."
-            )
-        with torch.autocast(tokens.device.type, enabled=False):
-            images = [model.decode(part).float().clamp(0.0, 1.0) for part in latents.split(self.decode_batch_size)]
-        return torch.cat(images)
+        remedy = (
+            "guidance_scale: expected finite latents, got NaN or infinity for seeds {seeds} at guidance "
+            f"{self.guidance_scale:g}; try --amp False or a lower guidance_scale, and check the weights."
+        )
+        return self.draw(predict, model, seeds, self.latent_shape, tokens.device, remedy=remedy)
 
     def _predictor(self, tokens: torch.Tensor, model: Any) -> Predict:
         prompt, negative = tokens.unbind(dim=1)

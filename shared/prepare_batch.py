@@ -24,47 +24,42 @@ class ImageAsTarget(PrepareBatch):
         return image, image
 
 
-class TextLatentDiffusionBatch(PrepareBatch):
-    """Images or cached latents and token ids to noisy latents, timesteps and targets.
+class LatentDiffusionBatch(PrepareBatch):
+    """Images or cached latents to noisy latents, timesteps and targets.
 
     ``monai.engines.DiffusionPrepareBatch`` does not fit: it draws noise in the shape of the image rather than of the
-    latent, and knows neither an autoencoder nor a text.
+    latent, and does not know an autoencoder. What a network wants besides comes from ``extra_inputs`` of a subclass.
 
     Args:
         scheduler: the noise schedule, with ``prediction_type``.
-        model: ``TextToImageModel``; gives the autoencoder, the text encoder and ``scale_factor``.
-        text_encoder: frozen (and usually cached) text encoder that replaces the model's; ``None`` sends the token ids
-            through the network, which a trainable text encoder needs.
+        model: gives ``autoencoder`` and ``scale_factor``.
         seed: ``None`` draws from torch's global generator, for training. A number fixes noise, posterior sample and
             timestep of every item to a function of (seed, item), so that validation losses of two epochs differ only by
             the weights.
     """
 
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        model: Any,
-        *,
-        text_encoder: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        seed: int | None = None,
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, model: Any, *, seed: int | None = None) -> None:
         self.scheduler = scheduler
         self.model = model
-        self.text_encoder = text_encoder
         self.seed = seed
 
     def __call__(  # type: ignore[override]
         self, batchdata: Mapping[str, Any], device: torch.device, non_blocking: bool = False, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor, tuple, dict[str, torch.Tensor]]:
-        """Returns noisy latents ``(B, C, h, w)``, the target, ``()``, and timesteps ``(B,)`` with tokens or context."""
-        tokens = batchdata["tokens"].to(device, non_blocking=non_blocking)
+        """Returns noisy latents ``(B, C, h, w)``, the target, ``()``, and timesteps ``(B,)`` with the extra inputs."""
         mean, log_variance = self._posterior(batchdata, device, non_blocking)
         posterior_noise, noise, timesteps = self._draw(mean, batchdata)
         latents = sample_posterior(mean, log_variance, posterior_noise) * self.model.scale_factor
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         target = prediction_target(self.scheduler, latents, noise, timesteps)
-        text = {"tokens": tokens} if self.text_encoder is None else {"context": self.text_encoder(tokens)}
-        return noisy, target, (), {"timesteps": timesteps, **text}
+        extra = self.extra_inputs(batchdata, device, non_blocking)
+        return noisy, target, (), {"timesteps": timesteps, **extra}
+
+    def extra_inputs(
+        self, batchdata: Mapping[str, Any], device: torch.device, non_blocking: bool
+    ) -> dict[str, torch.Tensor]:
+        """Further named inputs of the network."""
+        return {}
 
     def _posterior(
         self, batchdata: Mapping[str, Any], device: torch.device, non_blocking: bool
@@ -92,10 +87,76 @@ class TextLatentDiffusionBatch(PrepareBatch):
         self, shape: Sequence[int], steps: int, item_id: str
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         # A CPU generator per item: equal on every device and whatever the batch size.
-        digest = hashlib.sha256(f"{self.seed} {item_id}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        assert self.seed is not None
+        generator = torch.Generator().manual_seed(_derived_seed(self.seed, item_id))
         posterior_noise, noise = torch.randn((2, *shape), generator=generator)
         return posterior_noise, noise, torch.randint(0, steps, (), generator=generator)
+
+
+class TextLatentDiffusionBatch(LatentDiffusionBatch):
+    """``LatentDiffusionBatch`` with the item's text.
+
+    Args:
+        scheduler: the noise schedule, with ``prediction_type``.
+        model: ``TextToImageModel``.
+        text_encoder: frozen (and usually cached) text encoder that replaces the model's; ``None`` sends the token ids
+            through the network, which a trainable text encoder needs.
+        seed: see ``LatentDiffusionBatch``.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        model: Any,
+        *,
+        text_encoder: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(scheduler, model, seed=seed)
+        self.text_encoder = text_encoder
+
+    def extra_inputs(
+        self, batchdata: Mapping[str, Any], device: torch.device, non_blocking: bool
+    ) -> dict[str, torch.Tensor]:
+        tokens = batchdata["tokens"].to(device, non_blocking=non_blocking)
+        return {"tokens": tokens} if self.text_encoder is None else {"context": self.text_encoder(tokens)}
+
+
+class ConditionedLatentDiffusionBatch(LatentDiffusionBatch):
+    """``LatentDiffusionBatch`` under a constant prompt, with condition images where the network takes them.
+
+    Args:
+        scheduler: the noise schedule, with ``prediction_type``.
+        model: ``ConstantPromptModel`` or ``ControlNetModel``.
+        condition_key: key of the condition ``(B, K, H, W)``; ``None``: the network takes none.
+        null_prompt_probability: share of items whose prompt is the null prompt; with a ``seed`` none is.
+        seed: see ``LatentDiffusionBatch``.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        model: Any,
+        *,
+        condition_key: str | None = None,
+        null_prompt_probability: float = 0.0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(scheduler, model, seed=seed)
+        self.condition_key = condition_key
+        self.null_prompt_probability = null_prompt_probability
+
+    def extra_inputs(
+        self, batchdata: Mapping[str, Any], device: torch.device, non_blocking: bool
+    ) -> dict[str, torch.Tensor]:
+        extra = {}
+        if self.condition_key is not None:
+            condition = batchdata[self.condition_key].to(device, non_blocking=non_blocking)
+            extra["condition"] = condition.as_subclass(torch.Tensor)
+        if self.seed is None and self.null_prompt_probability > 0:
+            count = len(next(value for value in batchdata.values() if isinstance(value, torch.Tensor)))
+            extra["null_prompt"] = torch.rand(count, device=device) < self.null_prompt_probability
+        return extra
 
 
 class PromptBatch(PrepareBatch):
@@ -118,3 +179,44 @@ class PromptBatch(PrepareBatch):
         pairs = torch.stack((tokens, self.null_tokens.expand_as(tokens)), dim=1)
         seeds = [self.seed + int(item_id) for item_id in batchdata["item_id"]]
         return pairs.to(device, non_blocking=non_blocking), batchdata["image"].to(device), (), {"seeds": seeds}
+
+
+class ConditionBatch(PrepareBatch):
+    """Condition images to what a sampler takes: the condition, and one seed for all slices of a subject.
+
+    Args:
+        seed: every item is drawn with a seed derived from it and the item's ``seed_keys``.
+        condition_key: key of the condition ``(B, K, H, W)``.
+        target_key: key of the real image ``(B, 1, H, W)``.
+        seed_keys: items that agree in these share their noise: by default the slices of a subject.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        condition_key: str = "condition",
+        target_key: str = "image",
+        seed_keys: Sequence[str] = ("subject",),
+    ) -> None:
+        self.seed, self.condition_key, self.target_key = seed, condition_key, target_key
+        self.seed_keys = tuple(seed_keys)
+
+    def __call__(  # type: ignore[override]
+        self, batchdata: Mapping[str, Any], device: torch.device, non_blocking: bool = False, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple, dict[str, list[int]]]:
+        """Returns the condition, the real image, ``()`` and the seeds."""
+        condition = batchdata[self.condition_key].to(device, non_blocking=non_blocking)
+        target = batchdata[self.target_key].to(device, non_blocking=non_blocking)
+        columns = [batchdata[key] for key in self.seed_keys]
+        names = [
+            " ".join(str(int(v) if isinstance(v, torch.Tensor) else v) for v in row)
+            for row in zip(*columns, strict=True)
+        ]
+        return condition, target, (), {"seeds": [_derived_seed(self.seed, name) for name in names]}
+
+
+def _derived_seed(seed: int, name: str) -> int:
+    """A seed of its own for every name, below 2**63."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

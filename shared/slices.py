@@ -25,7 +25,8 @@ def slice_items(
 
     Returns:
         Per slice the volume's item with `"session"` ("" where it has none) and `"slice"`: its number along the
-        inferior-superior axis after reorientation to RAS, 0 = most inferior. Volumes in the given order, slices ascending.
+        inferior-superior axis after reorientation to RAS, 0 = most inferior. Volumes in the given order, slices
+        ascending.
 
     Raises:
         FileNotFoundError: a volume whose header is needed is missing.
