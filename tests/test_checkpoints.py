@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,8 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from shared.checkpoints import KEYS, convert_state_dict, read_published
+from tests.published_networks import old, old_names, old_network
 from tools import convert_checkpoint
-
-with warnings.catch_warnings():
-    # The frozen package uses interfaces that newer releases of its dependencies deprecate.
-    warnings.simplefilter("ignore")
-    old = pytest.importorskip("generative.networks.nets")
 
 AUTOENCODER = {
     "spatial_dims": 2, "in_channels": 1, "out_channels": 1, "channels": (8, 16, 16, 16), "latent_channels": 3,
@@ -71,23 +66,6 @@ CASES = {
 }  # fmt: skip
 
 
-def _old_names(options: dict[str, Any]) -> dict[str, Any]:
-    return {"num_channels" if key == "channels" else key: value for key, value in options.items()}
-
-
-def _old_network(kind: str, options: dict[str, Any], seed: int = 0) -> nn.Module:
-    """Every weight random: layers that start at zero would hide errors behind them."""
-    network = getattr(old, kind)(**_old_names(options))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key, tensor in network.state_dict().items():
-            if tensor.is_floating_point():
-                fan_in = max(1, tensor[0].numel()) if tensor.ndim > 1 else 4
-                values = torch.randn(tensor.shape, generator=generator) * fan_in**-0.5 + 0.02
-                tensor.copy_(values.abs() if key.endswith("running_var") else values)
-    return network.eval()
-
-
 def _output(network: nn.Module, kind: str, options: dict[str, Any]) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
 
@@ -119,7 +97,7 @@ def _output(network: nn.Module, kind: str, options: dict[str, Any]) -> torch.Ten
 
 
 def _difference(kind: str, options: dict[str, Any], new_options: dict[str, Any], rules: Any = None) -> float:
-    source = _old_network(kind, options)
+    source = old_network(kind, options)
     network = getattr(core, kind)(**options, **new_options).eval()
     network.load_state_dict(convert_state_dict(source.state_dict(), network, rules=rules), strict=True)
     expected = _output(source, kind, options)
@@ -152,7 +130,7 @@ def test_a_changed_rule_is_seen_in_the_output(kind: str, options: dict) -> None:
 def test_cross_attention_rules_are_seen_in_the_output() -> None:
     """The rules for `transformer_blocks`: exchanging self- and cross-attention changes the output."""
     options = {**CONDITIONED, "cross_attention_dim": 16, "channels": (8, 16, 16), "num_head_channels": (0, 8, 16)}
-    source = _old_network("DiffusionModelUNet", options).state_dict()
+    source = old_network("DiffusionModelUNet", options).state_dict()
     network = core.DiffusionModelUNet(**options).eval()
     right = convert_state_dict(source, network)
     wrong = {key: right[key.replace("attn1.out_proj", "attn2.out_proj")] for key in right}
@@ -171,7 +149,7 @@ def test_every_rule_is_needed_by_some_network() -> None:
     needed: dict[str, set[str]] = {kind: set() for kind in KEYS}
     for kind, options, new_options in CASES.values():
         with torch.device("meta"):
-            source = getattr(old, kind)(**_old_names(options)).state_dict()
+            source = getattr(old, kind)(**old_names(options)).state_dict()
             network = getattr(core, kind)(**options, **new_options)
         for left_out in KEYS[kind]:
             try:
@@ -192,7 +170,7 @@ def test_published_sizes_fit() -> None:
     with torch.device("meta"):
         for kind, options in (("AutoencoderKL", autoencoder), ("DiffusionModelUNet", unet)):
             network = getattr(core, kind)(**options)
-            converted = convert_state_dict(getattr(old, kind)(**_old_names(options)).state_dict(), network)
+            converted = convert_state_dict(getattr(old, kind)(**old_names(options)).state_dict(), network)
             assert list(converted) == list(network.state_dict())
             parameters.append(sum(tensor.numel() for tensor in converted.values()))
     assert [round(n / 1e6, 2) for n in parameters] == [4.61, 263.64]  # the spec measured 4.61 M and 263.6 M
@@ -206,7 +184,7 @@ def test_new_weights_pass_unchanged() -> None:
 
 
 def test_half_precision_becomes_that_of_the_network_and_source_stays() -> None:
-    source = {key: value.half() for key, value in _old_network("AutoencoderKL", AUTOENCODER).state_dict().items()}
+    source = {key: value.half() for key, value in old_network("AutoencoderKL", AUTOENCODER).state_dict().items()}
     keys = list(source)
     converted = convert_state_dict(source, core.AutoencoderKL(**AUTOENCODER))
     assert {value.dtype for value in converted.values()} == {torch.float32}
@@ -214,7 +192,7 @@ def test_half_precision_becomes_that_of_the_network_and_source_stays() -> None:
 
 
 def test_what_does_not_fit_is_named() -> None:
-    source = _old_network("AutoencoderKL", AUTOENCODER).state_dict()
+    source = old_network("AutoencoderKL", AUTOENCODER).state_dict()
     network = core.AutoencoderKL(**AUTOENCODER)
     less = {key: value for key, value in source.items() if key != "quant_conv_mu.conv.bias"}
     with pytest.raises(ValueError, match=r"AutoencoderKL: .* 1 of its \d+ keys are not in the source: quant_conv_mu"):
@@ -228,10 +206,10 @@ def test_what_does_not_fit_is_named() -> None:
         convert_state_dict(source, nn.Linear(1, 1))
     with pytest.raises(ValueError, match="use_convtranspose=True cannot be converted"):
         convert_state_dict(
-            getattr(old, "AutoencoderKL")(**_old_names(AUTOENCODER), use_convtranspose=True).state_dict(),  # noqa: B009
+            getattr(old, "AutoencoderKL")(**old_names(AUTOENCODER), use_convtranspose=True).state_dict(),  # noqa: B009
             core.AutoencoderKL(**AUTOENCODER, use_convtranspose=True),
         )
-    conditioned = _old_network("DiffusionModelUNet", CONDITIONED).state_dict()
+    conditioned = old_network("DiffusionModelUNet", CONDITIONED).state_dict()
     no_fc = core.DiffusionModelUNet(**CONDITIONED, include_fc=False)
     with pytest.raises(ValueError, match="include_fc=True"):
         convert_state_dict(conditioned, no_fc)
@@ -316,9 +294,9 @@ class FrozenClipTextEncoder(nn.Module):
 @pytest.fixture
 def published(tmp_path: Path) -> dict[str, str]:
     """Files as published, and a configuration of the bundle, at reduced width."""
-    stage1 = {f"module.{key}": value for key, value in _old_network("AutoencoderKL", AUTOENCODER).state_dict().items()}
+    stage1 = {f"module.{key}": value for key, value in old_network("AutoencoderKL", AUTOENCODER).state_dict().items()}
     torch.save({"epoch": 74, "state_dict": stage1, "discriminator": {}, "best_loss": 0.1}, tmp_path / "stage1.pth")
-    torch.save(_old_network("DiffusionModelUNet", CONDITIONED).state_dict(), tmp_path / "diffusion_model.pth")
+    torch.save(old_network("DiffusionModelUNet", CONDITIONED).state_dict(), tmp_path / "diffusion_model.pth")
     config = {
         "autoencoder_def": {"_target_": "monai.networks.nets.AutoencoderKL", **AUTOENCODER},
         "text_encoder_dir": "somewhere",
@@ -360,7 +338,7 @@ def test_the_bundle_loads_the_converted_weights(published: dict[str, str], capsy
         ("AutoencoderKL", AUTOENCODER, model.autoencoder),
         ("DiffusionModelUNet", CONDITIONED, model.unet),
     ):
-        expected = _output(_old_network(kind, options), kind, options)
+        expected = _output(old_network(kind, options), kind, options)
         assert (_output(part, kind, options) - expected).abs().max() <= 1e-5
 
 
@@ -388,8 +366,8 @@ def test_bundle_conversion_explains_what_is_missing(published: dict[str, str]) -
 
 def test_one_network_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = tmp_path / "old.pth", tmp_path / "new.pt"
-    old_network = _old_network("AutoencoderKL", ATTENTION_AUTOENCODER)
-    torch.save(old_network.state_dict(), source)
+    published = old_network("AutoencoderKL", ATTENTION_AUTOENCODER)
+    torch.save(published.state_dict(), source)
     words = ["convert_checkpoint", "network", "--kind", "AutoencoderKL", "--source", str(source), "--out", str(out)]
 
     monkeypatch.setattr("sys.argv", [*words, "--options", json.dumps(ATTENTION_AUTOENCODER)])
@@ -397,7 +375,7 @@ def test_one_network_from_the_command_line(tmp_path: Path, monkeypatch: pytest.M
     network = core.AutoencoderKL(**ATTENTION_AUTOENCODER).eval()
     network.load_state_dict(torch.load(out, weights_only=True), strict=True)
     case = "AutoencoderKL", ATTENTION_AUTOENCODER
-    assert (_output(network, *case) - _output(old_network, *case)).abs().max() <= 1e-5
+    assert (_output(network, *case) - _output(published, *case)).abs().max() <= 1e-5
 
     monkeypatch.setattr("sys.argv", [*words, "--options", '{"spatial_dim": 2}'])
     with pytest.raises(SystemExit, match="^--options: expected a JSON object of arguments for AutoencoderKL"):

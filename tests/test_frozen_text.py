@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 
-from tests.test_bundles import BUNDLE, STAGES, UNET, execute, folders, read
+from tests.test_cxr_bundle import CXR, STAGES, UNET
 from tools.phantoms.cxr_ldm import make_dataset
 
 
@@ -28,8 +28,8 @@ def clip_folder(tmp_path_factory):
 def test_training_and_sampling_with_a_frozen_encoder(clip_folder, tmp_path, caplog):
     data = tmp_path / "data"
     make_dataset(str(data), n=28, size=128, split=(0.35, 0.2, 0.45))
-    execute("train_autoencoder", data, **folders(tmp_path, "train_autoencoder"), max_epochs=1)
-    train = read(BUNDLE / "configs/train.json")
+    CXR.execute("train_autoencoder", data, **CXR.folders(tmp_path, "train_autoencoder"), max_epochs=1)
+    train = CXR.config("train")
     text = {
         "text_encoder_def": train["text_encoder_def"],
         "text_encoder_dir": str(clip_folder),
@@ -37,7 +37,7 @@ def test_training_and_sampling_with_a_frozen_encoder(clip_folder, tmp_path, capl
     }
     cache = tmp_path / "text"
     options = {**text, "context_encoder": train["context_encoder"], "text_cache_dir": str(cache), "num_excerpts": 2}
-    workflow = execute("train", data, **folders(tmp_path, "train"), **options)
+    workflow = CXR.execute("train", data, **CXR.folders(tmp_path, "train"), **options)
 
     model = workflow.parser.get_parsed_content("network_def")
     state = torch.load(tmp_path / "models/model.pt", weights_only=True)
@@ -52,5 +52,5 @@ def test_training_and_sampling_with_a_frozen_encoder(clip_folder, tmp_path, capl
     caplog.set_level(logging.INFO)
     samples = tmp_path / "samples"
     options = {**STAGES["inference"], **text, "ckpt_dir": str(tmp_path / "models"), "output_dir": str(samples)}
-    execute("inference", data, **{name: value for name, value in options.items() if name != "device"})
+    CXR.execute("inference", data, **{name: value for name, value in options.items() if name != "device"})
     assert len(list(samples.glob("*.png"))) == 1

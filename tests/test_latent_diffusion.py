@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from shared.networks.latent_diffusion import TextToImageModel
+from shared.networks.constant_prompt import ConstantPrompt
+from shared.networks.latent_diffusion import ConstantPromptModel, LatentDiffusionModel, TextToImageModel
+from tests.tiny_networks import diffusion_model, inputs
 
 
 class Doubling(nn.Module):
@@ -28,8 +30,9 @@ class Recording(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(1.0))
 
-    def forward(self, x, timesteps, context):
+    def forward(self, x, timesteps, context, **residuals):
         self.seen = (timesteps, context)
+        self.residuals = residuals
         return x * self.weight
 
 
@@ -73,3 +76,62 @@ def test_tokens_are_embedded_unless_a_context_is_given(model):
     assert model.unet.seen[1] is context
     with pytest.raises(ValueError, match="context: expected text embeddings or tokens, got neither"):
         model(x, timesteps)
+
+
+@pytest.fixture
+def constant():
+    return ConstantPromptModel(Doubling(), Recording(), ConstantPrompt(3, 4))
+
+
+def test_both_models_share_freezing_scale_and_decoding(model, constant):
+    assert isinstance(model, LatentDiffusionModel)
+    image = torch.rand(2, 1, 4, 6, generator=torch.Generator().manual_seed(0))
+    constant.scale_factor.fill_(0.25)
+    torch.testing.assert_close(constant.decode(constant.autoencoder.encode(image)[0] * 0.25), image)
+    torch.testing.assert_close(constant.reconstruct(image), image)
+    constant.train()
+    assert not constant.autoencoder.norm.training
+    assert constant.unet.training
+    trained = {id(parameter) for parameter in constant.trainable_parameters()}
+    assert trained == {id(constant.unet.weight), id(constant.prompt.embeddings)}
+    assert "scale_factor" in constant.state_dict()
+
+
+def test_a_loaded_prompt_is_not_trained():
+    constant = ConstantPromptModel(Doubling(), Recording(), ConstantPrompt(3, 4, learned=False))
+    assert [id(parameter) for parameter in constant.trainable_parameters()] == [id(constant.unet.weight)]
+
+
+def test_the_prompt_is_the_context(constant):
+    x, timesteps = torch.rand(2, 3, 4, 6), torch.tensor([3, 7])
+    constant(x, timesteps)
+    null, prompt = constant.prompt.embeddings
+    assert constant.unet.seen[0] is timesteps
+    assert torch.equal(constant.unet.seen[1], torch.stack((prompt, prompt)))
+    constant(x, timesteps, null_prompt=torch.tensor([False, True]))
+    assert torch.equal(constant.unet.seen[1], torch.stack((prompt, null)))
+
+
+def test_residuals_are_handed_on_or_absent(constant):
+    x, timesteps = torch.rand(2, 3, 4, 6), torch.tensor([3, 7])
+    constant(x, timesteps)
+    assert constant.unet.residuals == {
+        "down_block_additional_residuals": None, "mid_block_additional_residual": None,
+    }  # fmt: skip
+    parts, middle = [torch.ones(1), torch.zeros(1)], torch.ones(1)
+    constant(x, timesteps, down_residuals=parts, middle_residual=middle)
+    assert constant.unet.residuals["down_block_additional_residuals"] == tuple(parts)
+    assert constant.unet.residuals["mid_block_additional_residual"] is middle
+
+
+@torch.no_grad()
+def test_monais_unet_under_a_constant_prompt():
+    network = diffusion_model()
+    x, timesteps, _ = inputs()
+    prompt = network.prompt.embeddings[1]
+    expected = network.unet(x, timesteps, prompt.expand(2, -1, -1))
+    assert torch.equal(network(x, timesteps), expected)
+    null = network(x, timesteps, null_prompt=torch.tensor([True, True]))
+    assert (null - expected).abs().max() > 1e-3
+    steered = network(x, timesteps, middle_residual=torch.ones(2, 16, 4, 6))
+    assert (steered - expected).abs().max() > 1e-3

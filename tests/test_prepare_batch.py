@@ -6,11 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from monai.data import DataLoader, Dataset
+from monai.data import DataLoader, Dataset, MetaTensor
 from monai.networks.schedulers import DDPMScheduler
 from torch import nn
 
-from shared.prepare_batch import ImageAsTarget, PromptBatch, TextLatentDiffusionBatch
+from shared.prepare_batch import (
+    ConditionBatch,
+    ConditionedLatentDiffusionBatch,
+    ImageAsTarget,
+    LatentDiffusionBatch,
+    PromptBatch,
+    TextLatentDiffusionBatch,
+)
 
 CPU = torch.device("cpu")
 SHAPE = (3, 4, 5)
@@ -168,3 +175,77 @@ def test_prompts_come_with_the_null_prompt_and_a_seed_per_item():
     assert images[:, 0, 0, 0].tolist() == [0.0, 1.0, 2.0]
     assert arguments == ()
     assert keywords == {"seeds": [10, 11, 12]}
+
+
+def test_without_extra_inputs_there_are_timesteps_alone():
+    data = batch([1, 2])
+    plain = LatentDiffusionBatch(scheduler(), model(), seed=0)(data, CPU)
+    text = TextLatentDiffusionBatch(scheduler(), model(), seed=0)(data, CPU)
+    assert set(plain[3]) == {"timesteps"}
+    assert torch.equal(plain[0], text[0])
+    assert torch.equal(plain[1], text[1])
+
+
+def test_condition_comes_along_as_a_plain_tensor():
+    condition = MetaTensor(torch.rand(2, 3, 16, 20), affine=2 * torch.eye(4))
+    data = {**batch([1, 2]), "flair": condition}
+    keywords = ConditionedLatentDiffusionBatch(scheduler(), model(), condition_key="flair")(data, CPU)[3]
+    assert set(keywords) == {"timesteps", "condition"}
+    assert torch.equal(keywords["condition"], condition.as_tensor())
+    assert type(keywords["condition"]) is torch.Tensor
+    assert set(ConditionedLatentDiffusionBatch(scheduler(), model())(data, CPU)[3]) == {"timesteps"}
+
+
+def test_null_prompt_has_its_share_in_training_and_none_in_validation():
+    data = batch(list(range(3000)))
+    prepare = ConditionedLatentDiffusionBatch(scheduler(), model(), null_prompt_probability=0.1)
+    null = prepare(data, CPU)[3]["null_prompt"]
+    assert null.dtype == torch.bool
+    assert null.shape == (3000,)
+    # Standard error 0.0055 at n = 3000.
+    assert null.float().mean().item() == pytest.approx(0.1, abs=0.03)
+    assert not torch.equal(prepare(data, CPU)[3]["null_prompt"], null)
+    always = ConditionedLatentDiffusionBatch(scheduler(), model(), null_prompt_probability=1.0)
+    assert always(data, CPU)[3]["null_prompt"].all()
+    for options in ({"null_prompt_probability": 0.0}, {"null_prompt_probability": 0.5, "seed": 0}):
+        prepare = ConditionedLatentDiffusionBatch(scheduler(), model(), **options)
+        assert "null_prompt" not in prepare(data, CPU)[3]
+
+
+def test_slices_of_a_subject_share_a_seed_and_subjects_do_not():
+    names = ["sub-1", "sub-2", "sub-1", "sub-10"]
+    data = {"flair": torch.rand(4, 2, 8, 12), "t1w": torch.rand(4, 1, 8, 12), "subject": names}
+    prepare = ConditionBatch(seed=3, condition_key="flair", target_key="t1w")
+    condition, target, arguments, keywords = prepare(data, CPU)
+    assert torch.equal(condition, data["flair"])
+    assert torch.equal(target, data["t1w"])
+    assert arguments == ()
+    assert list(keywords) == ["seeds"]
+    seeds = keywords["seeds"]
+    assert seeds[0] == seeds[2]
+    assert len(set(seeds)) == 3
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    # A function of seed and name: neither of the batch nor of the session.
+    alone = prepare({key: value[3:] for key, value in data.items()}, CPU)
+    assert alone[3]["seeds"] == seeds[3:]
+    other = ConditionBatch(seed=4, condition_key="flair", target_key="t1w")(data, CPU)[3]["seeds"]
+    assert not set(other) & set(seeds)
+
+
+def test_slices_have_noise_of_their_own_where_their_number_counts():
+    items = [
+        {"flair": torch.rand(1, 8, 12), "t1w": torch.rand(1, 8, 12), "subject": name, "slice": k}
+        for name in ("1", "11")
+        for k in (1, 11)
+    ]
+    data = next(iter(DataLoader(Dataset(items), batch_size=4)))
+    keys = {"condition_key": "flair", "target_key": "t1w"}
+    seeds = ConditionBatch(seed=3, seed_keys=("subject", "slice"), **keys)(data, CPU)[3]["seeds"]
+    assert len(set(seeds)) == 4
+    plain = [{**item, "slice": int(item["slice"])} for item in items[2:]]
+    again = ConditionBatch(seed=3, seed_keys=["subject", "slice"], **keys)(
+        next(iter(DataLoader(Dataset(plain), batch_size=2))), CPU
+    )
+    assert again[3]["seeds"] == seeds[2:]
+    shared = ConditionBatch(seed=3, **keys)(data, CPU)[3]["seeds"]
+    assert shared[0] == shared[1] != shared[2] == shared[3]
