@@ -12,7 +12,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/python -m tools.demo cxr_ldm --out demo
+	$(BIN)/python -m tools.demo all --out demo
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
