@@ -17,7 +17,7 @@ from monai.bundle import ComponentLocator, ConfigParser
 from tests.conftest import ROOT
 
 MAX_EXPRESSION = 80
-OVERLAYS = ("tiny", "evaluate", "multi_gpu_train")
+OVERLAYS = ("tiny", "evaluate", "evaluate_diffusion", "multi_gpu_train")
 CONFIGS = sorted(ROOT.glob("bundles/*/configs/*.json"))
 WORKFLOWS = [path for path in CONFIGS if path.stem != "metadata"]
 STANDALONE = [path for path in WORKFLOWS if path.stem not in OVERLAYS]
@@ -25,6 +25,7 @@ TRAINING = [path for path in STANDALONE if path.stem.startswith("train")]
 
 # What an expression may name: everything else is a component with `_target_`, or a function of `shared`.
 ALLOWED_NAMES = {
+    "bool",
     "len",
     "max",
     "monai.data.utils.pickle_hashing",
@@ -36,7 +37,7 @@ ALLOWED_NAMES = {
 }
 ALLOWED_NODES = (
     *(ast.Expression, ast.Name, ast.Attribute, ast.Constant, ast.Call, ast.Load, ast.List, ast.Starred, ast.IfExp),
-    *(ast.BinOp, ast.Add, ast.Compare, ast.Eq, ast.Gt, ast.UnaryOp, ast.Not),
+    *(ast.BinOp, ast.Add, ast.Compare, ast.Eq, ast.Gt, ast.UnaryOp, ast.Not, ast.USub),
 )
 
 # Classes whose `**kwargs` go to a function: the names that it takes.
