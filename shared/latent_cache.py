@@ -116,6 +116,24 @@ class LatentDataset(Dataset):
         return item
 
 
+def check_augmentation(cache_dir: str | Path | None, **probabilities: float) -> None:
+    """Refuse random changes of images whose latents are computed once: they would silently not happen.
+
+    Args:
+        cache_dir: folder of the cache; ``None`` or "" is no cache.
+        probabilities: of random image transforms, by the name of the option.
+
+    Raises:
+        ValueError: for a probability above 0 with a cache; the message starts with its name.
+    """
+    for name, probability in probabilities.items():
+        if cache_dir and probability > 0:
+            raise ValueError(
+                f"{name}: expected 0 with a cache of latents, which are computed once from unchanged images, got "
+                f'{probability}; give --latent_cache_dir "" to encode anew in every step, or leave it at 0.'
+            )
+
+
 def measure_scale_factor(dataset: LatentDataset, max_items: int = 4096) -> float:
     """Reciprocal standard deviation of sampled latents over up to ``max_items`` evenly spaced items.
 

@@ -464,3 +464,12 @@ def test_further_images_have_the_size_of_the_others(tmp_path: Path) -> None:
         _run(tmp_path, [], items=[{**item, "subject": ["a", "b"]} for item in _slices(2)], **BRAIN)
     with pytest.raises(ValueError, match=r"extra_keys: expected names of their own, got \['labels', 'pred'\]"):
         GenerativeEvaluation(tmp_path, [], extra_keys={"pred": "a", "labels": "b"})
+
+
+def test_few_images_give_a_row_without_a_distance_instead_of_an_error() -> None:
+    images = torch.rand(7, 1, 16, 16)
+    rows, columns = FrechetAndKernelDistance(BlobClassifier(), subsets=2)({"image": images, "pred": images})
+    assert [row["name"].split()[0] for row in rows] == ["FID", "KID"]
+    assert all(row["value"] is None and row["n"] == 7 for row in rows)
+    assert "needs 8 images in each set, got 7 samples and 7 real images" in rows[0]["note"]
+    assert columns == {}

@@ -16,7 +16,7 @@ from monai.transforms import CenterSpatialCropd, Compose
 from PIL import Image
 from torch import nn
 
-from shared.latent_cache import LatentDataset, measure_scale_factor
+from shared.latent_cache import LatentDataset, check_augmentation, measure_scale_factor
 from shared.transforms.images import LoadRadiographd, ResizeShorterSided
 
 
@@ -338,3 +338,13 @@ def test_keys_that_an_item_does_not_have_are_left_out(slice_items, tmp_path):
 
     dataset = slices_of([slice_items[1], {"t1w": str(flat)}], tmp_path / "cache", **transform)
     torch.testing.assert_close(dataset[1]["latent_mean"], dataset[0]["latent_mean"], atol=1e-5, rtol=1e-5)
+
+
+def test_random_changes_are_refused_with_a_cache():
+    check_augmentation("", flip_probability=0.5)
+    check_augmentation(None, flip_probability=0.5)
+    check_augmentation("latents", flip_probability=0.0)
+    with pytest.raises(
+        ValueError, match='flip_probability: expected 0 with a cache .*got 0.5; .*--latent_cache_dir ""'
+    ):
+        check_augmentation("latents", flip_probability=0.5)

@@ -28,6 +28,8 @@ from shared.metrics.features import FeatureExtractor
 from shared.metrics.memorization import describe, find_copies
 from shared.metrics.ms_ssim import PairwiseMultiScaleSSIM
 
+_LEAST_IMAGES = 8  # for a distance and its floor, which compares disjoint halves of at least 4
+
 
 class Measurement(NamedTuple):
     """Summary rows ``{"name", "value", "ci_low", "ci_high", "n", "note"}`` and per-image columns of N values each."""
@@ -169,6 +171,13 @@ class FrechetAndKernelDistance:
         real = _features(collected, self.extractor, "image", measure=self.name)
         fake = _features(collected, self.extractor, "pred", measure=self.name)
         label = f"({self.extractor.name})"
+        if min(len(real), len(fake)) < _LEAST_IMAGES:
+            # The other measures of a small test section must not be lost.
+            note = (
+                f"needs at least {_LEAST_IMAGES} images in each set, got {len(fake)} samples and {len(real)} real ones"
+            )
+            nothing = Interval(math.nan, math.nan, math.nan, min(len(real), len(fake)))
+            return Measurement([summary_row(f"{name} {label}", nothing, note) for name in ("FID", "KID")], {})
         frechet = frechet_distance(fake, real)
         kernel = kernel_distance(fake, real, subsets=self.subsets, seed=self.seed)
         n = min(frechet.n_a, frechet.n_b)
