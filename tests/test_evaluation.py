@@ -471,5 +471,5 @@ def test_few_images_give_a_row_without_a_distance_instead_of_an_error() -> None:
     rows, columns = FrechetAndKernelDistance(BlobClassifier(), subsets=2)({"image": images, "pred": images})
     assert [row["name"].split()[0] for row in rows] == ["FID", "KID"]
     assert all(row["value"] is None and row["n"] == 7 for row in rows)
-    assert "needs 8 images in each set, got 7 samples and 7 real images" in rows[0]["note"]
+    assert "needs at least 8 images in each set, got 7 samples and 7 real ones" in rows[0]["note"]
     assert columns == {}
