@@ -222,7 +222,10 @@ def test_pair_is_augmented_together_where_latents_are_not_cached(phantoms, train
             shifts.append(difference.mean().item())
         assert shifts[0] == pytest.approx(shifts[1], abs=1e-6)
         assert 1e-4 < abs(shifts[0]) <= 0.05
-    cached = items(flip_probability=1.0)
+    with pytest.raises(Exception, match="check_augmentation") as refusal:
+        items(flip_probability=1.0)
+    assert str(root_cause(refusal.value)).startswith("flip_probability: expected 0 with a cache of latents")
+    cached = items(**{shift: 1.0, affine: 1.0})
     assert [sorted(item) for item in cached] == [["condition", "item_id", "latent_log_variance", "latent_mean"]] * 3
     assert all(torch.equal(a["condition"], b["condition"]) for a, b in zip(plain, cached, strict=True))
 
