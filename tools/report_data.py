@@ -16,6 +16,8 @@ from typing import Any
 
 _NOT_RUNS = {"previews", "evaluation", "checkpoints", "models", "mlruns"}
 _DEPTH = 3
+# Columns of per_image.csv that say which image a row is or is compared with; their spread means nothing.
+_ROW_NUMBERS = {"row", "slice", "training_row_pixel", "training_row_correlation", "training_row_feature"}
 _SAMPLE_SETTINGS = ("guidance_scale", "num_inference_steps", "negative_prompt", "scheduler")
 _TRANSLATION_SETTINGS = (
     "conditioning_scale",
@@ -229,7 +231,7 @@ def _read_per_image(run: Run, path: Path) -> None:
                     value = float(text)
                 except (TypeError, ValueError):
                     continue  # names of files and classes
-                if column and math.isfinite(value):
+                if column and column not in _ROW_NUMBERS and math.isfinite(value):
                     run.per_image.setdefault(column, []).append(value)
 
 

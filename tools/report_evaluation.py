@@ -52,14 +52,15 @@ def _groups(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 def _tables(rows: Sequence[dict[str, Any]]) -> list[Element]:
     compared = [row for row in rows if row.get("method") and row.get("measure")]
     single = [row for row in rows if row not in compared]
-    parts = [_measures(single)] if single or not rows else []
     methods = {row["method"] for row in compared}
     pairs = {f"{one} - {other}" for one in methods for other in methods}
     headings = _headings(compared)
-    parts += _comparison([row for row in compared if row["method"] not in pairs], headings)
+    parts = _comparison([row for row in compared if row["method"] not in pairs], headings)
     if differences := [row for row in compared if row["method"] in pairs]:
         parts += [element("h3", "Differences between methods"), *_comparison(differences, headings)]
-    return parts
+    if single and compared:
+        parts.append(element("h3", "Further measures"))
+    return parts + ([_measures(single)] if single or not rows else [])
 
 
 def _measures(rows: Sequence[dict[str, Any]]) -> Element:
