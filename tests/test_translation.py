@@ -93,6 +93,16 @@ def test_errors_outside_the_mask_do_not_count_inside() -> None:
     np.testing.assert_allclose(scores["psnr"], 20 - 10 * math.log10(share), rtol=1e-4)
 
 
+def test_interval_is_students_over_subjects() -> None:
+    target = torch.full((3, 1, X, Y), 0.5)
+    pred = target + torch.tensor([0.1, 0.01, 0.1]).view(3, 1, 1, 1)
+    result = TranslationQuality(**SSIM)({"image": target, "pred": pred, "info": {"subject": ["A", "B", "C"]}})
+    row = _rows(result)["PSNR (dB), ControlNet"]
+    # 20, 40 and 20 dB; two degrees of freedom: 4.3027 standard errors of 20 / 3 dB
+    assert row["ci_high"] - row["value"] == pytest.approx(4.3027 * 20 / 3, abs=0.01)
+    assert row["value"] - row["ci_low"] == pytest.approx(4.3027 * 20 / 3, abs=0.01)
+
+
 def test_slices_are_averaged_within_a_subject_first() -> None:
     subjects = ["A", "A", "A", "B"]
     target = torch.full((4, 1, X, Y), 0.5)
@@ -105,8 +115,8 @@ def test_slices_are_averaged_within_a_subject_first() -> None:
     assert row["n"] == 2
     assert row["note"].startswith("4 slices of 2 subjects, averaged per subject first")
     assert (row["method"], row["measure"]) == ("ControlNet", "psnr")
-    # Student's t with one degree of freedom: 12.706 standard errors of 10 dB
-    assert row["ci_high"] - row["value"] == pytest.approx(127.06, abs=0.01)
+    assert row["ci_high"] is None
+    assert "no interval from fewer than 3 subjects" in row["note"]
     lines = result.tables["per_subject"]
     assert [(line["subject"], line["slices"]) for line in lines if line["method"] == "ControlNet"] == [
         ("A", 3),

@@ -23,6 +23,7 @@ from shared.metrics.subjects import SliceRows, slice_rows
 
 _LEAST_MSE = 1e-10  # equal images would have an infinite PSNR, and a subject with one an infinite mean
 _BATCH = 16
+_LEAST_SUBJECTS = 3  # the t interval of two is some ten times as wide as their distance, beyond any possible value
 # Column -> name in the summary; those of the brain need a mask.
 MEASURES = {
     "psnr": "PSNR (dB)",
@@ -186,7 +187,11 @@ class TranslationQuality:
         if method == self.method:
             text += f"; {self._protocol(measure)}"
         means = list(by_subject.values())
-        return summary_row(name, mean_interval(means), text) | {"sd": _deviation(means), **fields}
+        interval = mean_interval(means)
+        if len(means) < _LEAST_SUBJECTS:
+            interval = Interval(interval[0], math.nan, math.nan, len(means))
+            text += f"; no interval from fewer than {_LEAST_SUBJECTS} subjects"
+        return summary_row(name, interval, text) | {"sd": _deviation(means), **fields}
 
     def _protocol(self, measure: str) -> str:
         higher = "lower is better" if measure.endswith("mae") else "higher is better"
