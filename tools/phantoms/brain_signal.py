@@ -26,6 +26,7 @@ class Tissue:
     fat: bool = False
 
 
+# Values as others quote these sources; the originals were not at hand.
 # grey, white: Wansapura et al., JMRI 1999;9:531. Fat, muscle: Gold et al., AJR 2004;183:343. T1 of CSF: Lin et al.,
 # Proc. ISMRM 9 (2001). Water: Ernst et al., J Magn Reson B 1993;102:1. Our choices: deep grey between grey and white
 # (iron, myelin); lesions with both times long; fat at 0.65 (connective tissue, vessels); bone and air almost nothing.
@@ -53,7 +54,10 @@ def vary(tissues: Mapping[str, Tissue], rng: np.random.Generator) -> dict[str, T
 
 @dataclass(frozen=True)
 class Mprage:
-    """T1w: inversion, wait, a train of small flips, wait; timings as in UK Biobank (3 T).
+    """T1w: inversion, wait, a train of small flips, wait.
+
+    TR and TI as in UK Biobank (Alfaro-Almagro et al., NeuroImage 2018;166:400, table 1); TE, flip angle and echo spacing
+    are usual values at 3 T, not looked up.
 
     Attributes:
         tr: from one inversion to the next. ti: from the inversion to the middle of the train (centre of k-space).
@@ -113,6 +117,8 @@ class Mprage:
 @dataclass(frozen=True)
 class Flair:
     """FLAIR: inversion, wait until CSF passes zero, spin-echo train (UK Biobank: TI 1800, TR 5000 ms).
+
+    The echo time and the share of suppressed fat are our choices.
 
     Attributes:
         tr: from one inversion to the next. te: contrast-equivalent echo time of the train.
