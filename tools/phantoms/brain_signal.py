@@ -56,8 +56,8 @@ def vary(tissues: Mapping[str, Tissue], rng: np.random.Generator) -> dict[str, T
 class Mprage:
     """T1w: inversion, wait, a train of small flips, wait.
 
-    TR and TI as in UK Biobank (Alfaro-Almagro et al., NeuroImage 2018;166:400, table 1); TE, flip angle and echo spacing
-    are usual values at 3 T, not looked up.
+    TR and TI as in UK Biobank (Alfaro-Almagro et al., NeuroImage 2018;166:400, table 1); TE, flip angle and echo
+    spacing are usual values at 3 T, not looked up.
 
     Attributes:
         tr: from one inversion to the next. ti: from the inversion to the middle of the train (centre of k-space).
