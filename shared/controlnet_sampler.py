@@ -114,8 +114,8 @@ class ControlNetSampler(LatentSampler):
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
             images = self._draw(slices, [i for i, _ in part], [seeds[i] + j for i, j in part], model)
-            for (index, j), image in zip(part, images, strict=True):
-                samples[index, j] = image[0]
+            indices, numbers = torch.tensor(part, device=slices.device).unbind(dim=1)
+            samples[indices, numbers] = images[:, 0]
         if self.num_samples == 1:
             return samples
         return torch.stack((samples.mean(dim=1), samples.std(dim=1)), dim=1)

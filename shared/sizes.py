@@ -6,6 +6,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def size_divisor(autoencoder_channels: Sequence[int], unet_channels: Sequence[int] = ()) -> int:
+    """What both sides of an image must be multiples of: every level but the last halves it.
+
+    Args:
+        autoencoder_channels: channels of each autoencoder level.
+        unet_channels: channels of each U-Net level, which halves the latent in the same way; empty without a U-Net.
+    """
+    return 2 ** (len(autoencoder_channels) - 1 + max(len(unet_channels) - 1, 0))
+
+
 def check_sizes(
     image_size: Sequence[int],
     *,
@@ -30,7 +40,7 @@ def check_sizes(
         ValueError: the message starts with the key and names the nearest legal value.
     """
     factor = 2 ** (len(autoencoder_channels) - 1)
-    step = factor * 2 ** max(len(unet_channels) - 1, 0)
+    step = size_divisor(autoencoder_channels, unet_channels)
     if any(side < step or side % step for side in image_size):
         nearest = [max(step, round(side / step) * step) for side in image_size]
         raise ValueError(

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from shared.intensity import scale_intensity
-from shared.pair_checks import check_same_grid, grid_distance
+from shared.pair_checks import grid_distance
 from shared.pictures import save_grid
 from shared.transforms.volumes import VolumeFile, for_display, open_volume, scaling_of
 
@@ -46,14 +46,7 @@ def comparison_panels(
     shown = {"FLAIR": _scaled(file), "generated": generated}
     if true is not None:
         truth = open_volume(true)
-        check_same_grid(
-            truth.path,
-            truth.shape,
-            truth.affine,
-            reference=file.path,
-            reference_shape=file.shape,
-            reference_affine=file.affine,
-        )
+        truth.check_same_grid_as(file)
         shown["true"] = _scaled(truth)
         shown[f"difference x {DIFFERENCE_GAIN}"] = DIFFERENCE_GAIN * np.abs(generated - shown["true"])
     if deviation is not None:

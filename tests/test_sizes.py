@@ -5,7 +5,7 @@ import pytest
 import torch
 from monai.networks.nets import AutoencoderKL
 
-from shared.sizes import check_sizes
+from shared.sizes import check_sizes, size_divisor
 
 CHANNELS = (4, 4, 8, 8)
 
@@ -65,3 +65,9 @@ def test_ms_ssim_window_must_fit_the_smallest_scale(side, largest):
     check_sizes((side, side), autoencoder_channels=CHANNELS, ms_ssim_kernel_size=largest)
     with pytest.raises(ValueError, match=rf"^ms_ssim_kernel_size: expected at most {largest} "):
         check_sizes((side, side), autoencoder_channels=CHANNELS, ms_ssim_kernel_size=largest + 2)
+
+
+def test_divisor_counts_the_halvings_of_both_networks():
+    assert size_divisor([128, 256, 256, 512], [256, 512, 768]) == 32
+    assert size_divisor([16, 32, 64], [32, 64, 96]) == 16
+    assert size_divisor([16, 32, 64]) == 4

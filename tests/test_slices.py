@@ -367,3 +367,16 @@ def test_real_pairs(kind):
     torch.testing.assert_close(result["t1w"], whole(item["t1w"], middle))
     both = torch.stack([result["t1w"].flatten(), result["flair"].flatten()])
     assert torch.corrcoef(both)[0, 1] > 0.5
+
+
+def test_grid_key_is_compared_and_not_read(tmp_path, reads):
+    path = write(tmp_path / "t.nii.gz", voxels())
+    item = {"t1w": path, "flair": write(tmp_path / "f.nii.gz", voxels(seed=1)), "slice": 1}
+    result = LoadSlicesd("flair", optional_keys=(), grid_key="t1w")(item)
+    assert result["t1w"] == path
+    assert reads == [item["flair"]]
+    item["flair"] = write(tmp_path / "moved.nii.gz", voxels(seed=1), RAS + np.outer([0, 1, 0, 0], [0, 0, 0, 3]))
+    with pytest.raises(ValueError, match="moved.nii.gz: expected the origin"):
+        LoadSlicesd("flair", optional_keys=(), grid_key="t1w")(item)
+    with pytest.raises(ValueError, match="t1w: expected"):
+        LoadSlicesd("flair", optional_keys=(), grid_key="t1w")({"flair": path, "slice": 1})

@@ -7,36 +7,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from monai.metrics import MAEMetric, MultiScaleSSIMMetric, PSNRMetric
 
 from shared.metrics.baselines import CopyCondition
 from shared.metrics.confidence import bootstrap_interval
 from shared.metrics.ms_ssim import PairwiseMultiScaleSSIM
 from shared.metrics.translation import CEILING, MEASURES, TranslationQuality, slice_scores
+from tests.translations import X, Y
+from tests.translations import collected as _collected
+from tests.translations import mask as _mask
+from tests.translations import smooth as _smooth
 
-X, Y = 40, 56
 SSIM: dict[str, Any] = {"kernel_size": 7, "weights": (0.4, 0.6)}
 CONTROL = "wrong FLAIR (control)"
-
-
-def _smooth(n: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.interpolate(torch.rand(n, 1, 6, 7, generator=generator), size=(X, Y), mode="bilinear")
-
-
-def _mask(n: int) -> torch.Tensor:
-    mask = torch.zeros(n, 1, X, Y)
-    mask[..., 10:30, 12:44] = 1
-    return mask
-
-
-def _collected(subjects: list[str], *, seed: int = 0, noise: float = 0.05, **more: Any) -> dict[str, Any]:
-    n = len(subjects)
-    real = 0.2 + 0.6 * _smooth(n, seed)
-    error = noise * (2 * torch.rand(n, 1, X, Y, generator=torch.Generator().manual_seed(seed + 1)) - 1)
-    info = {"subject": subjects, "slice": [subjects[:i].count(name) for i, name in enumerate(subjects)]}
-    return {"image": real, "pred": real + error, "condition": 1 - real, "info": info, "clamped": {}, **more}
 
 
 def _rows(measurement: Any) -> dict[str, dict[str, Any]]:

@@ -82,6 +82,8 @@ class LoadSlicesd(MapTransform):
         keys: keys that hold the path of a volume (NIfTI, or PNG as its only slice), or a list of paths = channels.
         optional_keys: keys that may be absent (or None, or empty); they become zeros (1, X, Y) then.
         mask_keys: which of both are masks: binary (above 0.5 -> 1.0, else 0.0) instead of scaled.
+        grid_key: key of a volume that lies on the same grid and is not loaded, only compared, once per combination of
+            files; ``None``: the volumes are compared with one another.
         cache_volumes: whole volumes kept per process, about 30 MB each at 1 mm; never fewer than one item needs.
 
     Raises:
@@ -96,6 +98,7 @@ class LoadSlicesd(MapTransform):
         *,
         optional_keys: KeysCollection = ("mask",),
         mask_keys: KeysCollection = ("mask",),
+        grid_key: str | None = None,
         cache_volumes: int = 4,
     ) -> None:
         super().__init__(keys)
@@ -103,6 +106,7 @@ class LoadSlicesd(MapTransform):
             raise ValueError(f"cache_volumes: expected at least 1, but got {cache_volumes}")
         self.optional_keys = ensure_tuple(optional_keys)
         self.mask_keys = ensure_tuple(mask_keys)
+        self.grid_key = grid_key
         self.cache_volumes = cache_volumes
         self._forget()
 
@@ -134,7 +138,8 @@ class LoadSlicesd(MapTransform):
             if result.get(key) not in (None, "", []):
                 paths[key] = as_paths(result[key], key=key)
         files = [path for several in paths.values() for path in several]
-        self._check_grids(files)
+        reference = [] if self.grid_key is None else as_paths(result.get(self.grid_key), key=self.grid_key)
+        self._check_grids([*reference, *files])
         first = self._source(files[0])
         index = _slice_index(result, first)
         limit = max(self.cache_volumes, len(files))

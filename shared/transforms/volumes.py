@@ -58,6 +58,17 @@ class VolumeFile:
     affine: np.ndarray
     proxy: Any
 
+    def check_same_grid_as(self, other: VolumeFile) -> None:
+        """Raise a ValueError that starts with this file's path where its grid is not that of ``other``."""
+        check_same_grid(
+            self.path,
+            self.shape,
+            self.affine,
+            reference=other.path,
+            reference_shape=other.shape,
+            reference_affine=other.affine,
+        )
+
     def read(self, *, mask: bool = False) -> np.ndarray:
         """All voxels as float32 (X, Y, Z) in file orientation, in the units of the file; a picture in [0, 1].
 
@@ -198,14 +209,7 @@ class LoadVolumed(MapTransform):
             files = [open_volume(path) for path in as_paths(result[key], key=key)]
             first = files[0]
             for other in files[1:]:
-                check_same_grid(
-                    other.path,
-                    other.shape,
-                    other.affine,
-                    reference=first.path,
-                    reference_shape=first.shape,
-                    reference_affine=first.affine,
-                )
+                other.check_same_grid_as(first)
             meta = {
                 MetaKeys.ORIGINAL_AFFINE: first.affine.copy(),
                 MetaKeys.SPATIAL_SHAPE: np.asarray(first.shape),
