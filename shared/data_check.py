@@ -14,10 +14,11 @@ import nibabel
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from shared.datalist import FILE_NAME, PATH_KEYS, find_leaks, read_datalist
+from shared.datalist import FILE_NAME, PATH_KEYS, find_leaks, read_datalist, read_description
 from shared.files import sha256_of_file
+from shared.mask_check import MaskCounts, stated_classes
 from shared.pair_checks import check_same_grid
-from shared.transforms.images import read_radiograph
+from shared.transforms.pixels import read_pixels
 
 _VOLUMES = (".nii", ".nii.gz")
 _PICTURES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".tif", ".tiff", ".bmp")
@@ -27,18 +28,20 @@ _SAME_GRID = {"image": ("label",), "t1w": ("flair", "t2w", "pdw", "mask"), "dwi"
 
 @dataclass
 class DataCheck:
-    """Result of `check_dataset`: how many items each section has, and one line per problem."""
+    """Result of `check_dataset`: how many items each section has, one line per problem, and what the masks hold."""
 
     items: dict[str, int] = field(default_factory=dict)
     files: int = 0
     problems: list[str] = field(default_factory=list)
+    masks: MaskCounts | None = None
 
     def summary(self) -> str:
-        """One line: counts of problems, items and files."""
+        """One line: counts of problems, items and files, and of masks where the data list states its classes."""
         sections = ", ".join(f"{count} {section}" for section, count in self.items.items())
         total = sum(self.items.values())
         count = len(self.problems)
-        return f"{count or 'no'} problem{'' if count == 1 else 's'} in {total} items ({sections}), {self.files} files"
+        line = f"{count or 'no'} problem{'' if count == 1 else 's'} in {total} items ({sections}), {self.files} files"
+        return f"{line}; {masks}" if self.masks is not None and (masks := self.masks.summary()) else line
 
 
 def read_volume(path: str | os.PathLike, *, constant_ok: bool = False) -> tuple[np.ndarray, Any]:
@@ -79,13 +82,19 @@ def check_volume(path: str | os.PathLike, *, constant_ok: bool = False) -> tuple
     return tuple(read_volume(path, constant_ok=constant_ok)[0].shape)
 
 
-def check_image(path: str | os.PathLike, *, constant_ok: bool = False) -> tuple[int, ...]:
-    """Read a picture, DICOM or NIfTI file and return its shape; see `check_volume` and `read_radiograph`."""
+def check_image(path: str | os.PathLike, *, constant_ok: bool = False, colour: bool = False) -> tuple[int, ...]:
+    """Read a picture, DICOM or NIfTI file and return its shape without channels; see `check_volume` and `read_pixels`.
+
+    Args:
+        path: the file.
+        constant_ok: all pixels may be equal.
+        colour: DICOM files may be in colour.
+    """
     name = os.fspath(path).lower()
     if name.endswith(_VOLUMES):
         return check_volume(path, constant_ok=constant_ok)
     try:
-        return read_radiograph(path).shape
+        return read_pixels(path, colour=colour).shape[:2]
     except ValueError as error:
         if constant_ok and "all pixels are" in str(error):
             return (0, 0)
@@ -108,7 +117,7 @@ def _kind(path: Path, shape: Sequence[int]) -> str:
     try:
         with Image.open(path) as picture:
             return "a palette picture" if picture.mode == "P" else _of_channels(len(picture.getbands()))
-    except UnidentifiedImageError:  # DICOM: `read_radiograph` lets grey ones pass only
+    except UnidentifiedImageError:  # DICOM: elsewhere it is checked whether it may be in colour
         return _of_channels(1)
 
 
@@ -133,9 +142,10 @@ def _paths(item: Mapping[str, Any], key: str) -> list[str]:
 class _Checker:
     """Walks through the items once; remembers shapes and hashes to compare items with each other."""
 
-    def __init__(self, folder: Path, images: bool) -> None:
+    def __init__(self, folder: Path, images: bool, num_classes: int | None) -> None:
         self.folder, self.images = folder, images
-        self.result = DataCheck()
+        self.masks = None if num_classes is None else MaskCounts(num_classes)
+        self.result = DataCheck(masks=self.masks)
         self.kinds: dict[str, dict[str, list[str]]] = {}
         self.hashes: dict[str, dict[str, str]] = {}
         self.seen: dict[Path, str | None] = {}  # file -> digest; None where the file cannot be used
@@ -159,7 +169,10 @@ class _Checker:
         if not self.images or not file.name.lower().endswith(_VOLUMES + _PICTURES):
             return None
         try:
-            shape = check_image(file, constant_ok=key in _LABELS)
+            if key == "label" and self.masks is not None:
+                shape = self.masks.add(file, section)
+            else:
+                shape = check_image(file, constant_ok=key in _LABELS, colour=self.masks is not None)
         except (ValueError, OSError) as error:
             self.result.problems.append(str(error))
             return None
@@ -215,6 +228,11 @@ class _Checker:
                     f"{other}: expected an image of its own in {name}, but {file} in {section} has the same content"
                     for name, other in others
                 )
+        if self.masks is not None and (missing := self.masks.missing("training")):
+            self.result.problems.append(
+                f"{self.folder / FILE_NAME}: expected every class in the masks of 'training', but none shows "
+                f"{', '.join(map(str, missing))}; split the data again or correct num_classes"
+            )
         for subject, names in find_leaks(sections).items():
             self.result.problems.append(
                 f"{self.folder / FILE_NAME}: expected each subject in one section, but {subject!r} is in "
@@ -228,7 +246,8 @@ def check_dataset(dataset_dir: str | os.PathLike, *, images: bool = True) -> Dat
     Found: missing and empty files, keys that most items have but one lacks, empty texts and reports, subjects in two
     sections; with `images` also unreadable, non-finite and constant images, mixed channels or dimensions within a key,
     grids (shape, orientation, affine) that differ within an item, and images of equal content (SHA-256 of the file) in
-    two sections.
+    two sections. Where the data list states `num_classes` (or `labels`), every `label` is read as
+    `shared.transforms.masks` does, and the classes are counted.
 
     Args:
         dataset_dir: folder with `datalist.json`.
@@ -242,7 +261,7 @@ def check_dataset(dataset_dir: str | os.PathLike, *, images: bool = True) -> Dat
     """
     folder = Path(dataset_dir)
     sections = read_datalist(folder)
-    checker = _Checker(folder, images)
+    checker = _Checker(folder, images, stated_classes(read_description(folder)))
     items = [item for part in sections.values() for item in part]
     usage = Counter(key for item in items for key in item)
     common = [key for key in ("subject", *PATH_KEYS, "text") if usage[key] > len(items) / 2]

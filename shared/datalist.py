@@ -32,13 +32,34 @@ def read_datalist(dataset_dir: str | os.PathLike) -> dict[str, list[dict[str, An
     """Read the sections of `dataset_dir/datalist.json` as they are written (relative paths, nothing checked on disk).
 
     A bare path in a section (the Decathlon form of `test`) becomes `{"image": path}`. Other top-level entries
-    (`name`, `description`, ...) are left out.
+    (`name`, `description`, ...) are left out; `read_description` has them.
 
     Raises:
         FileNotFoundError: the folder or the file is missing.
         ValueError: the file is not JSON, has none of the sections, or an item is not an object.
     """
-    folder = Path(dataset_dir)
+    file = Path(dataset_dir) / FILE_NAME
+    content = _read_content(Path(dataset_dir))
+    sections: dict[str, list[dict[str, Any]]] = {}
+    for section in SECTIONS:
+        if section not in content:
+            continue
+        items = content[section]
+        if not isinstance(items, list):
+            raise ValueError(f"{file}: expected a list under {section!r}, but got {type(items).__name__}")
+        sections[section] = []
+        for index, item in enumerate(items):
+            item = {"image": item} if isinstance(item, str) else item
+            if not isinstance(item, dict):
+                raise ValueError(
+                    f"{file}: expected an object at {section}[{index}], but got {type(item).__name__}; "
+                    'an item looks like {"image": "images/1.png", "text": "...", "subject": "1"}'
+                )
+            sections[section].append(dict(item))
+    return sections
+
+
+def _read_content(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{folder}: expected a dataset folder, but it does not exist; set `dataset_dir` to a folder that holds "
@@ -59,23 +80,12 @@ def read_datalist(dataset_dir: str | os.PathLike) -> dict[str, list[dict[str, An
             f"{file}: expected an object with the lists {', '.join(SECTIONS)}, but got "
             f"{sorted(content) if isinstance(content, dict) else type(content).__name__}; rename the lists"
         )
-    sections: dict[str, list[dict[str, Any]]] = {}
-    for section in SECTIONS:
-        if section not in content:
-            continue
-        items = content[section]
-        if not isinstance(items, list):
-            raise ValueError(f"{file}: expected a list under {section!r}, but got {type(items).__name__}")
-        sections[section] = []
-        for index, item in enumerate(items):
-            item = {"image": item} if isinstance(item, str) else item
-            if not isinstance(item, dict):
-                raise ValueError(
-                    f"{file}: expected an object at {section}[{index}], but got {type(item).__name__}; "
-                    'an item looks like {"image": "images/1.png", "text": "...", "subject": "1"}'
-                )
-            sections[section].append(dict(item))
-    return sections
+    return content
+
+
+def read_description(dataset_dir: str | os.PathLike) -> dict[str, Any]:
+    """Top-level entries beside the sections (`name`, `num_classes`, `labels`, ...); errors as `read_datalist`."""
+    return {key: value for key, value in _read_content(Path(dataset_dir)).items() if key not in SECTIONS}
 
 
 def _check_required(where: str, item: Mapping[str, Any], required: str | Sequence[str]) -> None:

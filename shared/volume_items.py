@@ -79,7 +79,7 @@ def _from_datalist(item: dict[str, Any], keys: list[str]) -> dict[str, Any]:
 
 
 def _find(folder: Path) -> list[Path]:
-    made = _made_by_a_model(folder)
+    made = made_by_a_model(folder)
     for suffixes in (VOLUME_SUFFIXES, (PICTURE_SUFFIX,)):
         files = sorted(
             file
@@ -95,7 +95,7 @@ def _find(folder: Path) -> list[Path]:
     )
 
 
-def _made_by_a_model(folder: Path) -> set[Path]:
+def made_by_a_model(folder: Path) -> set[Path]:
     """Files that a JSON beside them (`shared.transforms.volume_saving`) lists as synthetic."""
     made: set[Path] = set()
     for sidecar in folder.rglob("*.json"):

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Hashable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,88 +13,8 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Transform
 from monai.utils import MetaKeys
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-# What is needed to turn stored pixels into grey levels. Everything else in a header (names, dates, numbers of patients)
-# is not even read.
-_DICOM_TAGS = [
-    "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames", "Rows", "Columns",
-    "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "RescaleSlope", "RescaleIntercept",
-    "ModalityLUTSequence", "VOILUTSequence", "VOILUTFunction", "WindowCenter", "WindowWidth", "PixelData",
-]  # fmt: skip
-
-
-class _UnfitError(Exception):
-    """What was expected and what was found; `read_radiograph` adds the file and the remedy."""
-
-
-def _is_dicom(path: Path) -> bool:
-    if path.suffix.lower() in (".dcm", ".dicom"):
-        return True
-    with open(path, "rb") as file:
-        return file.read(132)[128:] == b"DICM"
-
-
-def _grey_from_picture(picture: Image.Image) -> np.ndarray:
-    """PIL picture -> (H, W) float32 in [0, 1] by its bit range; colour by Rec. 601 luma, transparency over black."""
-    if picture.mode == "1":
-        return np.asarray(picture, dtype=np.float32)
-    if picture.mode.startswith("I"):  # "I;16", "I;16B", and "I" of older Pillow: a 16-bit file
-        levels = np.asarray(picture).astype(np.float32)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise _UnfitError(f"grey levels 0..65535 (16 bit), but got {levels.min():g}..{levels.max():g}")
-        return levels / 65535.0
-    if picture.mode == "F":
-        raise _UnfitError("8- or 16-bit grey levels, but got floating-point pixels of unknown range")
-    if picture.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (0, 0, 0, 255)), picture)
-    return np.asarray(picture.convert("RGB").convert("L"), dtype=np.float32) / 255.0
-
-
-def _read_picture(path: Path) -> np.ndarray:
-    with Image.open(path) as picture:
-        frames = getattr(picture, "n_frames", 1)
-        if frames != 1:
-            raise _UnfitError(f"one 2-D image, but got {frames} frames")
-        picture.load()
-        return _grey_from_picture(ImageOps.exif_transpose(picture))
-
-
-def _stored_range(dataset: Any) -> tuple[float, float]:
-    """Smallest and largest value that the stored bits allow, after the rescale (DICOM PS3.3 C.11.1)."""
-    if dataset.get("ModalityLUTSequence"):
-        return 0.0, 2.0 ** dataset.ModalityLUTSequence[0].LUTDescriptor[2] - 1.0
-    bits = int(dataset.BitsStored)
-    low, high = (-(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1) if dataset.PixelRepresentation else (0.0, 2.0**bits - 1)
-    slope, intercept = float(dataset.get("RescaleSlope", 1)), float(dataset.get("RescaleIntercept", 0))
-    return low * slope + intercept, high * slope + intercept
-
-
-def _read_dicom(path: Path) -> np.ndarray:
-    import pydicom
-
-    # pydicom 2.4, which MONAI Label brings, keeps the same functions elsewhere
-    version = int(pydicom.__version__.split(".")[0])
-    pixels = importlib.import_module("pydicom.pixels" if version >= 3 else "pydicom.pixel_data_handlers.util")
-    dataset = pydicom.dcmread(path, specific_tags=_DICOM_TAGS)
-    if "PixelData" not in dataset:
-        raise _UnfitError("a DICOM image, but the file has no pixel data")
-    if int(dataset.get("NumberOfFrames") or 1) != 1:
-        raise _UnfitError(f"one 2-D image, but got {dataset.NumberOfFrames} frames")
-    kind = str(dataset.get("PhotometricInterpretation", "")).strip()
-    if kind not in ("MONOCHROME1", "MONOCHROME2"):
-        raise _UnfitError(f"PhotometricInterpretation MONOCHROME1 or MONOCHROME2, but got {kind or 'none'!r}")
-    values = pixels.apply_modality_lut(dataset.pixel_array, dataset)
-    low, high = _stored_range(dataset)
-    if dataset.get("VOILUTSequence"):
-        low, high = 0.0, 2.0 ** dataset.VOILUTSequence[0].LUTDescriptor[2] - 1.0
-        values = values.astype(np.int64)  # a look-up table is addressed by integers
-    if high == low:
-        raise _UnfitError("a rescale slope other than 0, but got 0")
-    values = np.asarray(pixels.apply_voi_lut(values, dataset), dtype=np.float64)
-    image = np.clip((values - low) / (high - low), 0.0, 1.0)
-    return (1.0 - image if kind == "MONOCHROME1" else image).astype(np.float32)
+from shared.transforms.pixels import read_pixels
 
 
 def read_radiograph(path: str | os.PathLike) -> np.ndarray:
@@ -122,35 +40,7 @@ def read_radiograph(path: str | os.PathLike) -> np.ndarray:
         ValueError: unreadable, several frames, unknown pixel kind, empty, non-finite or constant. The message starts
             with the path.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: expected an image file, but it does not exist; correct the path")
-    try:
-        image = _read_dicom(file) if _is_dicom(file) else _read_picture(file)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{file}: expected a PNG, JPEG or DICOM image, but the content is none of them; "
-                         "replace the file or remove it from the data list") from error  # fmt: skip
-    except _UnfitError as error:
-        raise ValueError(f"{file}: expected {error}; replace the file or remove it from the data list") from error
-    except PermissionError as error:
-        raise ValueError(f"{file}: expected a readable file, but access is denied; change its permissions") from error
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, EOFError, InvalidDicomError, ...
-        remedy = "copy it anew or remove it from the data list"
-        if isinstance(error, RuntimeError | NotImplementedError | AttributeError) and _is_dicom(file):
-            remedy += "; a compressed DICOM may need: pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
-        raise ValueError(
-            f"{file}: expected a readable image, but decoding failed ({type(error).__name__}: {error}); {remedy}"
-        ) from error
-    if image.ndim != 2 or 0 in image.shape:
-        raise ValueError(f"{file}: expected a 2-D image, but got the shape {image.shape}; export one image per file")
-    if not np.isfinite(image).all():
-        count = int((~np.isfinite(image)).sum())
-        raise ValueError(f"{file}: expected finite pixels, but {count} are NaN or infinite; check rescale and window")
-    if image.min() == image.max():
-        raise ValueError(
-            f"{file}: expected an image, but all pixels are {image.min():g}; remove the file from the data list"
-        )
-    return image
+    return read_pixels(path)
 
 
 class LoadRadiograph(Transform):

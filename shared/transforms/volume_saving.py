@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -24,8 +23,9 @@ from shared.intensity import unscale_intensity
 from shared.nifti_files import write_nifti
 from shared.pair_checks import grid_distance
 from shared.pictures import INTENDED_USE, made_with, picture_marks, save_marked_png, to_grey
+from shared.result_files import ResultFiles, path_of, remove_earlier
 from shared.transforms.prompts import is_monai_label_request
-from shared.transforms.volumes import PICTURE_SUFFIX, as_paths, open_volume, scaling_of
+from shared.transforms.volumes import PICTURE_SUFFIX, open_volume, scaling_of
 from shared.translation_picture import comparison_panels, on_same_grid, save_comparison
 
 logger = logging.getLogger(__name__)
@@ -105,8 +105,8 @@ class SaveTranslatedVolumed(MapTransform):
             raise ValueError(f"reference: expected it or reference_key, got both ({reference}, {reference_key}).")
         if reference and not Path(reference).is_file():
             raise FileNotFoundError(f"{reference}: expected the reference volume, found no file; correct reference.")
-        self.output_dir, self.suffix, self.image_key, self.true_key = Path(output_dir), suffix, image_key, true_key
-        self.source = None if source is None else Path(os.path.abspath(source))
+        self.suffix, self.image_key, self.true_key = suffix, image_key, true_key
+        self.results = ResultFiles(output_dir, source)
         self.weights_path = weights_path
         self.reference, self.reference_key = reference or None, reference_key or None
         self.picture, self.software = picture, software
@@ -119,7 +119,6 @@ class SaveTranslatedVolumed(MapTransform):
             "scheduler": scheduler,
         }
         self._made_with: dict[str, Any] | None = None
-        self._written: dict[Path, str] = {}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -141,8 +140,10 @@ class SaveTranslatedVolumed(MapTransform):
             panels = comparison_panels(path, mean, deviation, true=self._true_on_grid(data, path))
 
         source_sha256 = sha256_of_file(path)
-        stem = self._free_stem(path, source_sha256, extension=".png" if is_png else ".nii.gz")
         extension, picture = (".png", "_comparison.png") if is_png else (".nii.gz", ".png")
+        endings = (extension, "_sd" + extension, picture)
+        name = f"{_subject_name(path)}{self.suffix}"
+        stem = self.results.claim(path, name, source_sha256=source_sha256, endings=endings)
         volumes = {stem.name + extension: unscale_intensity(mean, low, high)}
         files = {"image": stem.name + extension}
         if deviation is not None:
@@ -153,7 +154,7 @@ class SaveTranslatedVolumed(MapTransform):
             files["picture"] = stem.name + picture
         # The JSON first: it says whose the other files are, should the process end in between.
         sidecar = stem.with_name(f"{stem.name}.json")
-        _remove_earlier(sidecar, set(files.values()))
+        remove_earlier(sidecar, set(files.values()))
         shown = {} if panels is None else {"panels": list(panels)}
         # The name of a file may be that of a patient: in the JSON beside the volume, not inside what is passed on.
         save_json({**description, "source": Path(path).name, "files": files, **shown}, sidecar)
@@ -221,43 +222,11 @@ class SaveTranslatedVolumed(MapTransform):
             low, high = (float(value) for value in stated)
         return low, high, {"unit": SCANNER_UNIT, "low": low, "high": high}
 
-    def _free_stem(self, path: str, source_sha256: str, *, extension: str) -> Path:
-        """Where the files go, without extensions; claimed for this input."""
-        folder, name = self.output_dir, f"{_subject_name(path)}{self.suffix}"
-        absolute = Path(os.path.abspath(path))
-        if self.source is not None and self.source.is_dir() and absolute.is_relative_to(self.source):
-            folder = folder / absolute.parent.relative_to(self.source)
-        number = 0
-        while True:
-            stem = folder / f"{name}{f'_{number}' if number else ''}"
-            number += 1
-            sidecar = _read_sidecar(stem.with_name(f"{stem.name}.json"))
-            result = stem.with_name(stem.name + extension)
-            if sidecar is None and (result.exists() or stem.with_name(f"{stem.name}.json").exists()):
-                raise ValueError(
-                    f"{result}: expected no file or a synthetic one, found one that this program did not write; "
-                    "choose another output_dir."
-                )
-            # Copies of one file in two folders are two inputs.
-            owner = self._written.get(stem, str(absolute))
-            if owner == str(absolute) and (sidecar is None or sidecar.get("source_sha256") == source_sha256):
-                self._written[stem] = owner
-                return stem
-
     def _write_png(self, values: np.ndarray, path: Path, *, like: str, description: Mapping[str, Any]) -> None:
         with Image.open(like) as opened:
             bits = 16 if opened.mode.startswith("I") else 8
         grey = to_grey(torch.from_numpy(values.reshape(1, *values.shape[:2])), bits)
         save_marked_png(grey, path, picture_marks(description, software=self.software))
-
-
-def path_of(value: Any) -> str | None:
-    """The (first) file of an item's entry: a path, a list of paths, or a tensor that remembers its file; else None."""
-    if isinstance(value, MetaTensor):
-        value = value.meta.get("filename_or_obj")
-    if not isinstance(value, str | os.PathLike | list | tuple) or not value:
-        return None
-    return as_paths(value, key="image")[0]
 
 
 def _volumes_of(pred: Any, path: str, *, key: Hashable) -> tuple[np.ndarray, np.ndarray | None]:
@@ -288,21 +257,3 @@ def _subject_name(path: str) -> str:
     name = re.sub(r"\.(nii\.gz|nii|png)$", "", Path(path).name, flags=re.IGNORECASE)
     name = _CONDITION_NAME.sub("", name)
     return f"{name}_" if name else ""
-
-
-def _read_sidecar(path: Path) -> dict[str, Any] | None:
-    """What an earlier run said about its result; None where there is no such file or another program's."""
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    return content if isinstance(content, dict) and content.get("synthetic") is True else None
-
-
-def _remove_earlier(sidecar: Path, kept: set[str]) -> None:
-    """Delete what an earlier run wrote beside ``sidecar`` and this one will not: it would belong to other voxels."""
-    earlier = (_read_sidecar(sidecar) or {}).get("files", {})
-    for name in set(earlier.values()) - kept:
-        sidecar.with_name(Path(name).name).unlink(missing_ok=True)

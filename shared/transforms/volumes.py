@@ -210,18 +210,22 @@ class LoadVolumed(MapTransform):
             first = files[0]
             for other in files[1:]:
                 other.check_same_grid_as(first)
-            meta = {
-                MetaKeys.ORIGINAL_AFFINE: first.affine.copy(),
-                MetaKeys.SPATIAL_SHAPE: np.asarray(first.shape),
-                # "none", as MONAI's reader says for 3-D files: with a number, MONAI 1.6's NIfTI writer takes a volume
-                # of one channel for a 2-D image
-                MetaKeys.ORIGINAL_CHANNEL_DIM: float("nan"),
-                MetaKeys.SPACE: SpaceKeys.RAS,
-                "filename_or_obj": first.path,
-            }
-            voxels = torch.from_numpy(np.stack([file.read() for file in files]))
-            result[key] = MetaTensor(voxels, affine=torch.from_numpy(first.affine.copy()), meta=meta)
+            result[key] = as_volume_tensor(torch.from_numpy(np.stack([file.read() for file in files])), first)
         return result
+
+
+def as_volume_tensor(voxels: torch.Tensor, file: VolumeFile) -> MetaTensor:
+    """Voxels (C, X, Y, Z) in file orientation with the metadata that `LoadVolumed` describes."""
+    meta = {
+        MetaKeys.ORIGINAL_AFFINE: file.affine.copy(),
+        MetaKeys.SPATIAL_SHAPE: np.asarray(file.shape),
+        # "none", as MONAI's reader says for 3-D files: with a number, MONAI 1.6's NIfTI writer takes a volume
+        # of one channel for a 2-D image
+        MetaKeys.ORIGINAL_CHANNEL_DIM: float("nan"),
+        MetaKeys.SPACE: SpaceKeys.RAS,
+        "filename_or_obj": file.path,
+    }
+    return MetaTensor(voxels, affine=torch.from_numpy(file.affine.copy()), meta=meta)
 
 
 class RobustScaled(MapTransform):
