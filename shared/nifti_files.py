@@ -21,8 +21,10 @@ _GEOMETRY = (
 )  # fmt: skip
 
 
-def write_nifti(values: np.ndarray, path: str | os.PathLike, *, like: str | os.PathLike) -> None:
-    """Write float32 voxels as gzipped NIfTI with the geometry of another file; the same input gives the same bytes.
+def write_nifti(
+    values: np.ndarray, path: str | os.PathLike, *, like: str | os.PathLike, dtype: type[np.generic] = np.float32
+) -> None:
+    """Write voxels as gzipped NIfTI with the geometry of another file; the same input gives the same bytes.
 
     Only the geometry is copied: other fields and extensions of a header may name the patient.
 
@@ -30,9 +32,10 @@ def write_nifti(values: np.ndarray, path: str | os.PathLike, *, like: str | os.P
         values: ``(X, Y, Z)``, reshaped to the shape of ``like``.
         path: file to write, ``.nii.gz``.
         like: NIfTI file whose qform, sform, voxel size and units are taken, bit for bit.
+        dtype: type of the voxels on disk, stored without slope and intercept: float32, or uint8 for labels.
     """
     source: Any = nibabel.load(like)
-    image = type(source)(np.asarray(values, dtype=np.float32).reshape(source.shape), None)
+    image = type(source)(np.asarray(values, dtype=dtype).reshape(source.shape), None)
     for name in _GEOMETRY:
         image.header[name] = source.header[name]
     image.header["descrip"] = DESCRIPTION

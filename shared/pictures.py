@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of generated images: grey levels, grids, and the words that say what they are."""
+"""Pictures of generated images: grey levels, grids, which to show, and the words that say what they are."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def to_grey(image: torch.Tensor | np.ndarray, bits: int) -> np.ndarray:
 
 
 def save_marked_png(grey: np.ndarray, path: str | os.PathLike, marks: Mapping[str, str]) -> None:
-    """Write ``(H, W)`` uint8 or uint16 as a PNG that carries ``marks`` as text chunks, whole or not at all.
+    """Write ``(H, W)`` uint8 or uint16, or ``(H, W, 3)`` uint8, as a PNG with text chunks; whole or not at all.
 
     A copied picture leaves its JSON behind; what it is travels inside it.
     """
@@ -61,24 +61,39 @@ def save_grid(
     gap: int = 2,
     marks: Mapping[str, str] | None = None,
 ) -> None:
-    """Write images ``(N, 1, H, W)`` in [0, 1] as one 8-bit grey PNG, row by row; values outside are clamped.
+    """Write images ``(N, 1 or 3, H, W)`` in [0, 1] as one 8-bit PNG, row by row; values outside are clamped.
 
     Args:
-        images: pictures of one size, rows first.
+        images: pictures of one size, rows first; one channel is grey, three are red, green, blue.
         path: file to write.
         columns: pictures in a row.
         gap: white pixels between pictures.
         marks: text chunks; ``None`` says that the picture contains synthetic images.
     """
-    values = images.detach().float().cpu().clamp(0, 1).numpy()[:, 0]
-    count, height, width = values.shape
+    pixels = (arrange(images, columns=columns, gap=gap) * 255).round().byte().permute(1, 2, 0).numpy()
+    save_marked_png(pixels[..., 0] if pixels.shape[2] == 1 else pixels, path, marks or {"Comment": GRID_NOTE})
+
+
+def arrange(images: torch.Tensor, *, columns: int = 8, gap: int = 2) -> torch.Tensor:
+    """Images ``(N, C, H, W)``, row by row with white between, as one picture ``(C, H', W')`` on the CPU.
+
+    Values are clamped to [0, 1].
+    """
+    images = images.detach().float().cpu().clamp(0, 1)
+    count, channels, height, width = images.shape
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    grid = np.ones((rows * (height + gap) - gap, columns * (width + gap) - gap), dtype=np.float32)
-    for index, value in enumerate(values):
+    grid = torch.ones(channels, rows * (height + gap) - gap, columns * (width + gap) - gap)
+    for index, image in enumerate(images):
         top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
-        grid[top : top + height, left : left + width] = value
-    save_marked_png((grid * 255).round().astype(np.uint8), path, marks or {"Comment": GRID_NOTE})
+        grid[:, top : top + height, left : left + width] = image
+    return grid
+
+
+def spread_indices(length: int, count: int) -> list[int]:
+    """Middles of ``count`` equal parts of ``range(length)``; all indices where there are no more than ``count``."""
+    count = min(count, length)
+    return [(2 * part + 1) * length // (2 * count) for part in range(count)]
 
 
 def made_with(weights_path: str | os.PathLike | None) -> dict[str, Any]:

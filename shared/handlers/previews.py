@@ -15,7 +15,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from shared.pictures import save_grid
+from shared.pictures import save_grid, spread_indices
 from shared.transforms.volumes import for_display
 
 
@@ -26,7 +26,7 @@ class PreviewGrid:
     shows the same few samples every time. The random state is left as it was.
 
     Args:
-        render: returns images ``(N, 1, H, W)`` in [0, 1].
+        render: returns images ``(N, 1 or 3, H, W)`` in [0, 1].
         output_dir: folder of the pictures.
         name: pictures are called ``epoch_<epoch>_<name>.png``.
         interval: epochs between pictures; the last epoch always makes one.
@@ -97,7 +97,7 @@ class ReconstructionPreview:
     def __call__(self) -> torch.Tensor:
         indices = spread_indices(len(self.dataset), self.n) if self.spread else range(min(self.n, len(self.dataset)))
         images = torch.stack([torch.as_tensor(self.dataset[i][self.key]) for i in indices]).to(self.device)
-        with _evaluating(self.autoencoder):
+        with evaluating(self.autoencoder):
             mean, _ = self.autoencoder.encode(images)
             reconstructions = self.autoencoder.decode(mean)
         if self.display is not None:
@@ -136,7 +136,7 @@ class SamplePreview:
         self.tokens = torch.stack((tokenizer(texts), tokenizer([""] * len(texts))), dim=1)
 
     def __call__(self) -> torch.Tensor:
-        with _evaluating(self.network):
+        with evaluating(self.network):
             return self.sampler(self.tokens.to(self.device), self.network, seeds=self.seeds)
 
 
@@ -179,7 +179,7 @@ class TranslationPreview:
         condition = torch.stack([torch.as_tensor(item[self.condition_key]) for item in items]).to(self.device)
         true = torch.stack([torch.as_tensor(item[self.target_key]) for item in items]).to(self.device)
         seeds = [self.seed + index for index in range(len(items))]
-        with _evaluating(self.network):
+        with evaluating(self.network):
             generated = self.sampler(condition, self.network, seeds=seeds)[:, :1]
         difference = (2 * (generated - true).abs()).clamp(max=1)
         rows = torch.stack((condition[:, :1], generated, true, difference), dim=1)
@@ -201,18 +201,13 @@ class UnconditionalPreview:
         self.seeds = [seed + index for index in range(n)]
 
     def __call__(self) -> torch.Tensor:
-        with _evaluating(self.network):
+        with evaluating(self.network):
             return for_display(self.sampler.sample(self.network, seeds=self.seeds)[:, :1])
 
 
-def spread_indices(length: int, count: int) -> list[int]:
-    """Middles of ``count`` equal parts of ``range(length)``; all indices where there are no more than ``count``."""
-    count = min(count, length)
-    return [(2 * part + 1) * length // (2 * count) for part in range(count)]
-
-
 @contextlib.contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Switch a network to evaluation mode and, whatever happens, back to the mode it was in."""
     was_training = network.training
     network.eval()
     try:
