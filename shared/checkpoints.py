@@ -14,15 +14,14 @@ network given here must have been built with the published options.
 
 from __future__ import annotations
 
-import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+REMEDY = "build the network with the options the weights were trained with"
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def convert_state_dict(
     `use_combined_linear=True`.
 
     Args:
-        source: state dict of the old network (see `read_published`); it is not changed.
+        source: state dict of the old network (see `shared.checkpoint_files.read_published`); it is not changed.
         network: the new network, built with the published options. Only names, shapes and data types of its state dict
             are read, so it may live on `torch.device("meta")`.
         rules: the key rules; None looks them up in `KEYS` by the class name of `network`.
@@ -119,12 +118,27 @@ def convert_state_dict(
             raise ValueError(f"{kind}: two source keys become {new_key}, the second is {key}")
         found[new_key] = value
     _join_query_key_value(found, target)
-    _check(kind, found, target)
+    check_fit(kind, found, target, _remedy)
     return {key: found[key].detach().to(like.dtype) for key, like in target.items()}
 
 
-def _check(kind: str, found: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-    """Every key used, every key filled, every shape equal; otherwise say which and what to look at."""
+def check_fit(
+    kind: str,
+    found: Mapping[str, Tensor],
+    target: Mapping[str, Tensor],
+    remedy: Callable[[list[str], list[str]], str] = lambda missing, unused: REMEDY,
+) -> None:
+    """Every key used, every key filled, every shape equal; otherwise say which and what to look at.
+
+    Args:
+        kind: what the message starts with.
+        found: what the source has.
+        target: what the network wants.
+        remedy: from the missing and the unused keys to what the user can do.
+
+    Raises:
+        ValueError: the message names the first keys of each kind that do not fit.
+    """
     missing = [key for key in target if key not in found]
     unused = [key for key in found if key not in target]
     shapes = [
@@ -141,12 +155,15 @@ def _check(kind: str, found: Mapping[str, Tensor], target: Mapping[str, Tensor])
         parts.append(f"{len(unused)} source keys fit nowhere: {_first(unused)}")
     if shapes:
         parts.append(f"{len(shapes)} shapes differ (source against network): {_first(shapes)}")
-    remedy = "build the network with the options the weights were trained with"
-    if any(key.endswith(".out_proj.weight") and "transformer_blocks" in key for key in unused):
-        remedy = "build the network with include_fc=True: its transformer blocks need their output projection"
+    raise ValueError(f"{kind}: the weights do not fit. {'; '.join(parts)}. Remedy: {remedy(missing, unused)}.")
+
+
+def _remedy(missing: list[str], unused: list[str]) -> str:
     if any(".deconv." in key for key in missing):
-        remedy = "use_convtranspose=True cannot be converted: monai-generative used 3x3 kernels there, MONAI core 2x2"
-    raise ValueError(f"{kind}: the weights do not fit. {'; '.join(parts)}. Remedy: {remedy}.")
+        return "use_convtranspose=True cannot be converted: monai-generative used 3x3 kernels there, MONAI core 2x2"
+    if any(key.endswith(".out_proj.weight") and "transformer_blocks" in key for key in unused):
+        return "build the network with include_fc=True: its transformer blocks need their output projection"
+    return REMEDY
 
 
 def _join_query_key_value(found: dict[str, Tensor], target: Mapping[str, Tensor]) -> None:
@@ -175,64 +192,3 @@ def _apply(rules: Rules, key: str) -> tuple[str, bool]:
 
 def _first(names: list[str], count: int = 3) -> str:
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
-
-
-_NETWORK_ENTRIES = ("state_dict", "diffusion", "controlnet", "model")
-_WRAPPERS = ("module.", "model.")
-
-
-def read_published(path: str | Path, *, entry: str | None = None) -> dict[str, Tensor]:
-    """Read the network weights from any of the forms in which they are published.
-
-    A plain state dict (`autoencoder.pth`, `diffusion_model.pth` of the monai-generative model zoo), or a training
-    checkpoint that holds one under `state_dict` (autoencoder), `diffusion`, `controlnet` or `model`. The prefixes that
-    `DataParallel` and small wrappers leave on all keys (`module.`, `model.`) are removed.
-
-    Args:
-        path: the file.
-        entry: which entry of a training checkpoint, e.g. "discriminator"; None takes the first of the four above.
-
-    Returns:
-        state dict on the CPU.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is no torch file, holds pickled objects besides tensors, or holds no state dict.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can fail in any way
-        refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if refused is None:
-            reason = f"{type(error).__name__} {error}".split("\n")[0][:120]
-            raise ValueError(f"{path}: not readable as a torch file, truncated or damaged ({reason})") from error
-        raise ValueError(
-            f"{path}: expected tensors only, got a file whose loading would run code ({refused[1]}). Remedy: where the "
-            "file is trusted and its packages are installed, save the plain weights once: "
-            'torch.save(torch.load(F, weights_only=False).state_dict(), G), or ["state_dict"] for a checkpoint'
-        ) from error
-
-    weights = _state_dict(content, path, entry)
-    for wrapper in _WRAPPERS:
-        if all(key.startswith(wrapper) for key in weights):
-            weights = {key.removeprefix(wrapper): value for key, value in weights.items()}
-    return weights
-
-
-def _state_dict(content: Any, path: Path, entry: str | None) -> dict[str, Tensor]:
-    if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{path}: expected a state dict or a training checkpoint, got {type(content).__name__}")
-    if entry is None and all(isinstance(value, Tensor) for value in content.values()):
-        return dict(content)
-    if entry is None:
-        entry = next((name for name in _NETWORK_ENTRIES if name in content), "")
-    weights = content.get(entry)
-    if not isinstance(weights, Mapping) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
-        expected = f"entry {entry!r}" if entry else f"one of the entries {', '.join(_NETWORK_ENTRIES)}"
-        raise ValueError(
-            f"{path}: expected {expected} with tensors, got the entries {_first(list(map(str, content)), 8)}"
-        )
-    return dict(weights)

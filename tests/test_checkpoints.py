@@ -15,7 +15,8 @@ import torch
 from monai.bundle import ConfigParser
 from torch import nn
 
-from shared.checkpoints import KEYS, convert_state_dict, read_published
+from shared.checkpoint_files import read_published
+from shared.checkpoints import KEYS, convert_state_dict
 from tests.published_networks import old, old_names, old_network
 from tools import convert_checkpoint
 

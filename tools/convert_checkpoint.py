@@ -10,14 +10,20 @@
     python -m tools.convert_checkpoint xrv --source nih-pc-chex-...-best.pt --out xrv_densenet121_all.pt \
         --sha256 DIGEST --trust_pickle True
 
-The first three are networks of monai-generative, the last is torchxrayvision's classifier. The key
+The first three are networks of monai-generative, the fourth is torchxrayvision's classifier. The key
 rules and the reason why MONAI's own loader is not used: `shared/checkpoints.py`.
+
+    python -m tools.convert_checkpoint kl_f8 --source model.ckpt --out bundles/sdseg/models/stages/autoencoder.pt
+    python -m tools.convert_checkpoint diffusers_autoencoder --source diffusion_pytorch_model.safetensors --out ...
+    python -m tools.convert_checkpoint ldm_unet --source model.ckpt --out bundles/sdseg/models/stages/unet.pt
+    python -m tools.convert_checkpoint sdseg --source last.ckpt --out bundles/sdseg/models/model.pt
+
+These are latent diffusion and SDSeg: `tools/convert_latent_diffusion.py`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,17 +32,25 @@ import fire
 import monai.networks.nets
 import torch
 from monai.bundle import ConfigParser
-from torch import Tensor, nn
+from torch import Tensor
 
-from shared.checkpoints import KEYS, Rules, convert_state_dict, read_published
-from shared.files import save_tensors, sha256_of_file
+from shared.checkpoints import KEYS
 from shared.metrics.features import convert_xrv_checkpoint
-from tools import command_line
+from tools import command_line, convert_latent_diffusion
+from tools.conversion import (
+    BUNDLES,
+    checked_scale_factor,
+    convert,
+    definition,
+    read_config,
+    report,
+    save,
+    under,
+)
 
-_BUNDLES = Path(__file__).parents[1] / "bundles"
-_CXR_CONFIG = _BUNDLES / "cxr_ldm" / "configs" / "inference.json"
-_BRAIN_CONFIG = _BUNDLES / "brain_controlnet" / "configs" / "inference.json"
-_BRAIN_PROMPT = _BUNDLES / "brain_controlnet" / "models" / "pretrained" / "prompt.pt"
+_CXR_CONFIG = BUNDLES / "cxr_ldm" / "configs" / "inference.json"
+_BRAIN_CONFIG = BUNDLES / "brain_controlnet" / "configs" / "inference.json"
+_BRAIN_PROMPT = BUNDLES / "brain_controlnet" / "models" / "pretrained" / "prompt.pt"
 
 
 def cxr_ldm(
@@ -61,17 +75,17 @@ def cxr_ldm(
     Raises:
         ValueError: weights that do not fit the configuration, or no scale factor.
     """
-    weights = {"scale_factor": _checked(scale_factor)}
-    parser, files = _read(config)
-    network_def = _resolve(parser, "network_def", files)
-    unet_def = _resolve(parser, "network_def#unet", files)
+    weights = {"scale_factor": checked_scale_factor(scale_factor)}
+    parser, files = read_config(config)
+    network_def = definition(parser, "network_def", files)
+    unet_def = definition(parser, "network_def#unet", files)
     _check_text_encoder(parser, files, network_def, unet_def, text_encoder)
     for part, source in (("autoencoder", autoencoder), ("unet", diffusion)):
-        _resolve(parser, f"network_def#{part}", files)
+        definition(parser, f"network_def#{part}", files)
         with torch.device("meta"):  # names and shapes suffice
             network = parser.get_parsed_content(f"network_def#{part}")
-        weights |= _under(part, _convert(source, network))
-    _save(weights, out)
+        weights |= under(part, convert(source, network))
+    save(weights, out)
 
 
 def brain_controlnet(
@@ -100,26 +114,26 @@ def brain_controlnet(
         ValueError: weights that do not fit the configuration, another number of ControlNets, or no scale factor.
         FileNotFoundError: a file is missing.
     """
-    factor = _checked(scale_factor)
+    factor = checked_scale_factor(scale_factor)
     if not Path(prompt_weights).is_file():
         raise FileNotFoundError(
             f"{prompt_weights}: expected the embedded prompt, found no file. The published U-Net listens to a sentence "
             "that is no part of its weights. Remedy: make it once with `python -m tools.embed_prompt --text_encoder "
             f"DIR --out {prompt_weights}`, or give yours with --prompt_weights"
         )
-    parser, files = _read(config)
-    _resolve(parser, "network_def", files)
+    parser, files = read_config(config)
+    definition(parser, "network_def", files)
     with torch.device("meta"):  # names and shapes suffice
         model = parser.get_parsed_content("network_def")
 
     weights = {"scale_factor": factor}
-    weights |= _under("autoencoder", _convert(autoencoder, model.diffusion.autoencoder))
-    weights |= _under("unet", _convert(diffusion, model.diffusion.unet))
-    weights |= _under("prompt", _convert(prompt_weights, model.diffusion.prompt, rules={}))
+    weights |= under("autoencoder", convert(autoencoder, model.diffusion.autoencoder))
+    weights |= under("unet", convert(diffusion, model.diffusion.unet))
+    weights |= under("prompt", convert(prompt_weights, model.diffusion.prompt, rules={}))
     if controlnet is not None:
         sources = [controlnet] if isinstance(controlnet, str) else list(controlnet)
-        weights = _under("diffusion", weights) | _controlnets(sources, model)
-    _save(weights, out)
+        weights = under("diffusion", weights) | _controlnets(sources, model)
+    save(weights, out)
 
 
 def _controlnets(sources: list[str], model: Any) -> dict[str, Tensor]:
@@ -132,7 +146,7 @@ def _controlnets(sources: list[str], model: Any) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for index, (source, net) in enumerate(zip(sources, model.controlnets, strict=True)):
         net.controlnet_cond_embedding = model.embeddings[index]
-        for key, value in _convert(source, net).items():
+        for key, value in convert(source, net).items():
             embedding = key.removeprefix("controlnet_cond_embedding.")
             weights[f"controlnets.{index}.{key}" if embedding == key else f"embeddings.{index}.{embedding}"] = value
     return weights
@@ -164,7 +178,7 @@ def network(*, kind: str, source: str, out: str, options: str, entry: str | None
         raise ValueError(
             f"--options: expected a JSON object of arguments for {kind}, got {text!r} ({error})"
         ) from error
-    _save(_convert(source, built, entry=entry), out)
+    save(convert(source, built, entry=entry), out)
 
 
 @fire.decorators.SetParseFns(source=str, out=str, sha256=str)  # a digest may look like a number
@@ -185,54 +199,14 @@ def xrv(*, source: str, out: str, sha256: str, trust_pickle: bool = False) -> No
         ValueError: another checksum, or not this network.
     """
     convert_xrv_checkpoint(source, out, sha256=sha256, trust_pickle=trust_pickle)
-    _report(out)
-
-
-def _checked(scale_factor: float | None) -> Tensor:
-    if scale_factor is None:
-        raise ValueError(
-            "--scale_factor: expected a number, got none. The published files do not contain it, and a wrong one gives "
-            "grey or burnt images without any error. Remedy: --scale_factor 0.3 for the published weights; "
-            "for your own, the value given to the diffusion training"
-        )
-    if not (isinstance(scale_factor, (int, float)) and math.isfinite(scale_factor) and scale_factor > 0):
-        raise ValueError(f"--scale_factor: expected a positive number, got {scale_factor!r}")
-    print(f"scale_factor: {scale_factor}")
-    return torch.tensor(float(scale_factor))
-
-
-def _read(config: str | Sequence[str]) -> tuple[ConfigParser, list[str]]:
-    files = [config] if isinstance(config, str) else list(config)
-    parser = ConfigParser()
-    parser.read_config(files)
-    return parser, files
-
-
-def _under(part: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{part}.{key}": value for key, value in weights.items()}
-
-
-def _resolve(parser: ConfigParser, name: str, files: list[str]) -> dict[str, Any]:
-    """The definition behind `name`, references followed."""
-    try:
-        content = parser[name]
-        while isinstance(content, str) and content[:1] in "@%":
-            content = parser[content[1:]]
-    except (KeyError, IndexError, ValueError):
-        content = None
-    if not isinstance(content, dict) or "_target_" not in content:
-        raise ValueError(
-            f"{files[-1]}: expected the key {name} to define a network with _target_, got {content!r}. "
-            "Remedy: give the bundle's own configuration with --config"
-        )
-    return content
+    report(out)
 
 
 def _check_text_encoder(
     parser: ConfigParser, files: list[str], network_def: dict, unet_def: dict, folder: str | None
 ) -> None:
     """The published U-Net listens to a frozen CLIP encoder, which is not part of the weights."""
-    encoder = _resolve(parser, "network_def#text_encoder", files)
+    encoder = definition(parser, "network_def#text_encoder", files)
     if not str(encoder["_target_"]).endswith("FrozenClipTextEncoder"):
         raise ValueError(
             f"{files[-1]}: expected network_def#text_encoder to be FrozenClipTextEncoder, got {encoder['_target_']}, "
@@ -252,35 +226,15 @@ def _check_text_encoder(
     print(f"text encoder: frozen, width {width}, from {folder}; not stored")
 
 
-def _convert(
-    source: str, network: nn.Module, *, entry: str | None = None, rules: Rules | None = None
-) -> dict[str, Tensor]:
-    published = read_published(source, entry=entry)
-    try:
-        converted = convert_state_dict(published, network, rules=rules)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-    renamed = sum(key not in published for key in converted)
-    count = sum(value.numel() for value in converted.values())
-    print(
-        f"{type(network).__name__}: {count / 1e6:.2f} M values in {len(converted)} tensors from {source}, "
-        f"{renamed} under a new name"
-    )
-    return converted
-
-
-def _save(weights: dict[str, Tensor], out: str) -> None:
-    save_tensors(weights, out)
-    _report(out)
-
-
-def _report(out: str) -> None:
-    print(f"saved {out} ({Path(out).stat().st_size / 1e6:.1f} MB)\nsha256 {sha256_of_file(out)}")
-
-
 def main() -> None:
     """Entry point; expected errors end with their message alone."""
-    commands = {"cxr_ldm": cxr_ldm, "brain_controlnet": brain_controlnet, "network": network, "xrv": xrv}
+    commands = {
+        "cxr_ldm": cxr_ldm,
+        "brain_controlnet": brain_controlnet,
+        "network": network,
+        "xrv": xrv,
+        **convert_latent_diffusion.COMMANDS,
+    }
     command_line.run(commands, name="tools.convert_checkpoint")
 
 
