@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -90,6 +91,26 @@ class LpipsSqueeze(FrozenModule):
             distance = self.frozen(*images)
         return distance.mean() if self.reduction == "mean" else distance
 
+    @torch.no_grad()
+    def pairwise(self, images: torch.Tensor) -> torch.Tensor:
+        """Distances (n, n) of all pairs of ``images`` (n, 1 or 3, H, W) in [0, 1] (see ``normalize``).
+
+        The trunk sees each image once, not once for each of its pairs.
+
+        Raises:
+            ValueError: the images are not of this form.
+        """
+        shape = tuple(images.shape)
+        if len(shape) != 4 or shape[1] not in (1, 3) or min(shape[2:]) < _SMALLEST_SIDE:
+            raise ValueError(
+                f"images: expected a batch of the shape (n, 1 or 3, H, W) with sides of at least {_SMALLEST_SIDE}, "
+                f"got {shape}"
+            )
+        with torch.autocast(images.device.type, enabled=False):
+            pictures = images.float().expand(-1, 3, -1, -1)
+            network: Any = self.frozen
+            return network.pairwise(2 * pictures - 1 if self.normalize else pictures)
+
 
 class _SqueezeDistance(nn.Module):
     """Weighted mean squared difference of unit-length features; images in [-1, 1] (B, 3, H, W) -> (B,)."""
@@ -109,6 +130,14 @@ class _SqueezeDistance(nn.Module):
         pairs = zip(self._unit_features(x), self._unit_features(y), self.weights, strict=True)
         distances = [((a - b).square() * weight).sum(dim=1).mean(dim=(1, 2)) for a, b, weight in pairs]
         return torch.stack(distances).sum(dim=0)
+
+    def pairwise(self, images: torch.Tensor) -> torch.Tensor:
+        """(n, 3, H, W) in [-1, 1] -> (n, n)."""
+        total = images.new_zeros(len(images), len(images))
+        for taps, weight in zip(self._unit_features(images), self.weights, strict=True):
+            for row, tap in enumerate(taps):
+                total[row] += ((taps - tap).square() * weight).sum(dim=1).mean(dim=(1, 2))
+        return total
 
     def _unit_features(self, x: torch.Tensor) -> list[torch.Tensor]:
         x = (x - self.shift) / self.scale

@@ -53,8 +53,8 @@ def check_sizes(
             f"latent_shape: expected {[latent_shape[0], *latent_size]} for image_size {list(image_size)}, which the "
             f"autoencoder divides by {factor}, got {list(latent_shape)}; change both together."
         )
-    if ms_ssim_kernel_size is not None and min(image_size) <= (ms_ssim_kernel_size - 1) * 16:
-        largest = (min(image_size) - 1) // 16 + 1
+    if ms_ssim_kernel_size is not None and min(image_size) // 16 < ms_ssim_kernel_size:
+        largest = min(image_size) // 16
         raise ValueError(
             f"ms_ssim_kernel_size: expected at most {largest - 1 + largest % 2} for image_size {list(image_size)}, "
             f"got {ms_ssim_kernel_size}: at the smallest of 5 scales the window must fit into the image."

@@ -14,10 +14,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from tools.report_masks import Mask, is_mask, read_mask
+
 _NOT_RUNS = {"previews", "evaluation", "checkpoints", "models", "mlruns"}
 _DEPTH = 3
 # Columns of per_image.csv that say which image a row is or is compared with; their spread means nothing.
 _ROW_NUMBERS = {"row", "slice", "training_row_pixel", "training_row_correlation", "training_row_feature"}
+_ROW_NUMBERS |= {"name", "group", "both_empty", "one_empty"}
+# Columns by which an image has several rows; the spread is that of the rows like the first.
+_ROW_KINDS = ("method", "resolution", "class")
 _SAMPLE_SETTINGS = ("guidance_scale", "num_inference_steps", "negative_prompt", "scheduler")
 _TRANSLATION_SETTINGS = (
     "conditioning_scale",
@@ -29,8 +34,8 @@ _TRANSLATION_SETTINGS = (
 )
 _SAMPLE_ORIGIN = ("weights_sha256", "monai_version", "torch_version")
 EXPECTED = (
-    "manifest.json, metrics.csv, previews/, evaluation/summary.json, pictures with prompts (PNG and JSON pairs) or "
-    "translated volumes"
+    "manifest.json, metrics.csv, previews/, evaluation/summary.json, pictures with prompts (PNG and JSON pairs), "
+    "translated volumes or masks"
 )
 
 
@@ -67,7 +72,9 @@ class Run:
         previews: name of the preview -> (epoch, picture), by epoch.
         evaluation: rows `name, value, ci_low, ci_high, n, note` as written; a row may have `sd`, `group` (a heading),
             `method` and `measure` (then it is a cell of a table of methods).
-        per_image: column of `per_image.csv` -> its finite numbers.
+        protocol: how the evaluation was made, with `conventions` (subject -> words).
+        per_image: column of `per_image.csv` -> its finite numbers, of the rows like the first where an image has rows
+            for several methods, resolutions and classes; `per_image_of` says which.
     """
 
     folder: Path
@@ -81,9 +88,12 @@ class Run:
     previews: dict[str, list[tuple[int, Path]]] = field(default_factory=dict)
     evaluation: list[dict[str, Any]] | None = None
     evaluation_pictures: list[Path] = field(default_factory=list)
+    protocol: dict[str, Any] | None = None
     per_image: dict[str, list[float]] = field(default_factory=dict)
+    per_image_of: str = ""
     samples: list[Sample] = field(default_factory=list)
     translations: list[Translation] = field(default_factory=list)
+    masks: list[Mask] = field(default_factory=list)
 
     @property
     def recorded_start(self) -> datetime | None:
@@ -101,7 +111,7 @@ class Run:
     @property
     def is_training(self) -> bool:
         """Whether curves and previews are to be expected."""
-        others = self.samples or self.translations or self.evaluation is not None
+        others = self.samples or self.translations or self.masks or self.evaluation is not None
         return bool(self.curves or self.previews) or not others
 
 
@@ -148,11 +158,16 @@ def _read_run(folder: Path, root: Path) -> Run | None:
             run.previews.setdefault(match[2], []).append((int(match[1]), path))
     run.evaluation = _evaluation(folder / "evaluation" / "summary.json")
     run.evaluation_pictures = sorted((folder / "evaluation").glob("*.png"))
+    run.protocol = _json(folder / "evaluation" / "protocol.json", dict)
     _read_per_image(run, folder / "evaluation" / "per_image.csv")
     run.samples = list(_samples(folder))
-    run.translations = list(_translations(folder, root))
+    for place, content in _results(folder, root):
+        if is_mask(content):
+            run.masks.append(read_mask(content, place, _origin(content)))
+        else:
+            run.translations.append(_translation(content, place))
     found = run.manifest or run.curves or run.previews or run.evaluation is not None or run.evaluation_pictures
-    if not (found or run.samples or run.translations):
+    if not (found or run.samples or run.translations or run.masks):
         return None
     run.config = _json(folder / "config.json", (dict, list))
     return run
@@ -225,14 +240,19 @@ def _read_per_image(run: Run, path: Path) -> None:
     if not path.is_file():
         return
     with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            for column, text in row.items():
-                try:
-                    value = float(text)
-                except (TypeError, ValueError):
-                    continue  # names of files and classes
-                if column and column not in _ROW_NUMBERS and math.isfinite(value):
-                    run.per_image.setdefault(column, []).append(value)
+        rows = list(csv.DictReader(file))
+    kind = {column: rows[0][column] for column in _ROW_KINDS if column in rows[0]} if rows else {}
+    run.per_image_of = ", ".join(kind.values())
+    for row in rows:
+        if any(row[column] != value for column, value in kind.items()):
+            continue
+        for column, text in row.items():
+            try:
+                value = float(text)
+            except (TypeError, ValueError):
+                continue  # names of files and classes
+            if column and column not in _ROW_NUMBERS and column not in kind and math.isfinite(value):
+                run.per_image.setdefault(column, []).append(value)
 
 
 def _samples(folder: Path) -> Iterator[Sample]:
@@ -244,11 +264,11 @@ def _samples(folder: Path) -> Iterator[Sample]:
         if "prompt" not in content:
             continue
         settings = {key: content[key] for key in _SAMPLE_SETTINGS if content.get(key) not in (None, "")}
-        origin = {key: content[key] for key in _SAMPLE_ORIGIN if content.get(key) is not None}
-        yield Sample(picture, str(content["prompt"] or ""), content.get("seed"), settings, origin)
+        yield Sample(picture, str(content["prompt"] or ""), content.get("seed"), settings, _origin(content))
 
 
-def _translations(folder: Path, root: Path) -> Iterator[Translation]:
+def _results(folder: Path, root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Folder and content of each JSON that a saver of translated volumes or of masks wrote."""
     # Results keep the subfolders of their inputs, one for each subject: they belong to the run above them.
     above = (parent for parent in folder.parents if parent == root or root in parent.parents)
     if not _has_manifest(folder) and any(_has_manifest(parent) for parent in above):
@@ -258,18 +278,25 @@ def _translations(folder: Path, root: Path) -> Iterator[Translation]:
             if not any(sidecar.with_suffix(suffix).is_file() for suffix in (".nii.gz", ".png")):
                 continue
             content = _json(sidecar, dict)
-            if "prompt" in content or "source" not in content or content.get("synthetic") is not True:
-                continue
-            files = content.get("files") or {}
-            # Only the name: a JSON from elsewhere must not put other files of this machine into the page.
-            picture = place / Path(str(files.get("picture", ""))).name
-            yield Translation(
-                path=picture if files.get("picture") and picture.is_file() else None,
-                panels=tuple(str(panel) for panel in content.get("panels") or ()),
-                settings={key: content[key] for key in _TRANSLATION_SETTINGS if content.get(key) not in (None, "")},
-                intensity=content.get("intensity") or {},
-                origin={key: content[key] for key in _SAMPLE_ORIGIN if content.get(key) is not None},
-            )
+            if "prompt" not in content and "source" in content and content.get("synthetic") is True:
+                yield place, content
+
+
+def _translation(content: dict[str, Any], place: Path) -> Translation:
+    files = content.get("files") or {}
+    # Only the name: a JSON from elsewhere must not put other files of this machine into the page.
+    picture = place / Path(str(files.get("picture", ""))).name
+    return Translation(
+        path=picture if files.get("picture") and picture.is_file() else None,
+        panels=tuple(str(panel) for panel in content.get("panels") or ()),
+        settings={key: content[key] for key in _TRANSLATION_SETTINGS if content.get(key) not in (None, "")},
+        intensity=content.get("intensity") or {},
+        origin=_origin(content),
+    )
+
+
+def _origin(content: dict[str, Any]) -> dict[str, Any]:
+    return {key: content[key] for key in _SAMPLE_ORIGIN if content.get(key) is not None}
 
 
 def _parts_of_run(folder: Path) -> Iterator[Path]:

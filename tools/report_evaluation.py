@@ -14,13 +14,18 @@ from tools.report_data import Run
 from tools.report_html import Element, element, figure, missing, number, table, words
 
 _FAILURE_WORDS = ("failure", "worst")
+_PANELS = "image, truth, prediction, probability"
+_CAPTIONS = {
+    name: f"{name.capitalize()} by Dice, from left to right: {_PANELS}" for name in ("worst", "median", "best")
+}
 
 
 def evaluation_of(run: Run) -> list[Element]:
     """Tables of `evaluation/summary.json` and `per_image.csv`, then the pictures.
 
     A row with `group` stands in a table under that heading. Rows with `method` and `measure` become one table of
-    methods by measures. A column "Mean ± sd" replaces "Value" where a row of the table has `sd`.
+    methods by measures. A column "Mean ± sd" replaces "Value" where a row of the table has `sd`. The conventions of
+    `evaluation/protocol.json` follow.
     """
     parts = [element("h3", "Evaluation")]
     if run.evaluation is None:
@@ -30,8 +35,10 @@ def evaluation_of(run: Run) -> list[Element]:
             if group:
                 parts.append(element("h3", group))
             parts += _tables(rows)
+    if run.protocol is not None:
+        parts += _protocol(run.protocol)
     if run.per_image:
-        parts += _spread_over_images(run.per_image)
+        parts += _spread_over_images(run.per_image, run.per_image_of)
     failures = [path for path in run.evaluation_pictures if any(word in path.stem for word in _FAILURE_WORDS)]
     grids = [path for path in run.evaluation_pictures if path not in failures]
     if grids:
@@ -41,12 +48,33 @@ def evaluation_of(run: Run) -> list[Element]:
     return parts
 
 
+def _protocol(protocol: dict[str, Any]) -> list[Element]:
+    """Facts beside one another, then the conventions as a list."""
+    facts = {name: value for name, value in protocol.items() if name != "conventions" and value is not None}
+    pairs = []
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{part} {version}" for part, version in value.items())
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        elif name.endswith("_sha256"):
+            name, value = f"{name.removesuffix('_sha256')}, SHA-256", f"{str(value)[:16]}…"
+        pairs.append(element("div", element("dt", words(name)), element("dd", str(value))))
+    conventions = protocol.get("conventions")
+    items = [
+        element("li", element("strong", words(str(name))), f": {text}")
+        for name, text in (conventions.items() if isinstance(conventions, dict) else ())
+    ]
+    summary = element("summary", "Conventions and how it was measured")
+    return [element("details", summary, element("dl", *pairs), element("ul", *items, class_="small"))]
+
+
 def _groups(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Heading -> its rows, in the order of first appearance; rows without a group come first."""
     groups: dict[str, list[dict[str, Any]]] = {"": []}
     for row in rows:
         groups.setdefault(str(row.get("group") or ""), []).append(row)
-    return groups
+    return {heading: found for heading, found in groups.items() if found} or groups
 
 
 def _tables(rows: Sequence[dict[str, Any]]) -> list[Element]:
@@ -157,19 +185,24 @@ def _cell(row: dict[str, Any] | None, *, with_n: bool) -> Element:
     if row.get("ci_low") is not None and row.get("ci_high") is not None:
         low, high = (f"{row[end]:.{_decimals(row['value'])}f}" for end in ("ci_low", "ci_high"))
         below.append(element("div", f"{low} to {high}", class_="small quiet"))
+    if row.get("median") is not None:
+        below.append(element("div", f"median {row['median']:.{_decimals(row['value'])}f}", class_="small quiet"))
     if with_n:
         below.append(element("div", f"n = {_value(row['n'])}", class_="small quiet"))
     return element("td", element("div", _mean(row), class_="value"), *below, class_="num")
 
 
-def _spread_over_images(per_image: dict[str, list[float]]) -> list[Element]:
+def _spread_over_images(per_image: dict[str, list[float]], of: str) -> list[Element]:
     rows = []
     for column, values in per_image.items():
         cells = [str(len(values)), *(number(float(np.quantile(values, q))) for q in (0, 0.25, 0.5, 0.75, 1))]
         cells_html = [element("td", cell, class_="num") for cell in cells]
         rows.append(element("tr", element("th", words(column), scope="row"), *cells_html))
     columns = ("Measure", "n", "Lowest", "25 %", "Median", "75 %", "Highest")
-    return [element("h3", "Spread over images"), table(columns, rows, numeric=set(columns[1:]))]
+    return [
+        element("h3", f"Spread over images{', ' + of if of else ''}"),
+        table(columns, rows, numeric=set(columns[1:])),
+    ]
 
 
 def _mean(row: dict[str, Any]) -> str:
@@ -196,5 +229,8 @@ def _interval(low: Any, high: Any) -> str:
 
 
 def _wide(paths: Sequence[Path]) -> Element:
-    figures = [figure(path, words(path.stem), alt=f"Picture grid: {words(path.stem)}") for path in paths]
+    figures = [
+        figure(path, _CAPTIONS.get(path.stem, words(path.stem)), alt=f"Picture grid: {words(path.stem)}")
+        for path in paths
+    ]
     return element("div", *figures, class_="pictures wide")

@@ -16,8 +16,25 @@ from PIL import Image, UnidentifiedImageError
 Element = ElementTree.Element
 
 _PICTURE_PIXELS = 1600
-_ACRONYMS = {"ci", "cxr", "fid", "flair", "kid", "kl", "l1", "ldm", "mae", "mmd", "mr", "ms", "mse", "psnr", "ssim"}
-_SPELLED = {"controlnet": "ControlNet", "t1w": "T1w", "unet": "U-Net"}
+_ACRONYMS = {
+    "assd",
+    "ci",
+    "cxr",
+    "fid",
+    "flair",
+    "kid",
+    "kl",
+    "l1",
+    "ldm",
+    "mae",
+    "mmd",
+    "mr",
+    "ms",
+    "mse",
+    "psnr",
+    "ssim",
+}
+_SPELLED = {"controlnet": "ControlNet", "hd95": "HD95", "iou": "IoU", "sdseg": "SDSeg", "t1w": "T1w", "unet": "U-Net"}
 
 
 def element(tag: str, *children: str | Element, **attributes: Any) -> Element:

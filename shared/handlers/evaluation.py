@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import logging
@@ -13,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
-import numpy as np
 import torch
 from ignite.engine import Engine, Events
-from monai.data import MetaTensor, decollate_batch
+from monai.data import MetaTensor
 from monai.utils import ImageMetaKey
 
-from shared.files import atomic_path, save_json
+from shared.files import save_json
+from shared.handlers.engine_items import engine_items, plain_value
 from shared.handlers.evaluation_pictures import write_pictures
+from shared.tables import summary_text, write_table
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class GenerativeEvaluation:
         self._reset()
 
     def _collect(self, engine: Any) -> None:
-        outputs, items = _items(engine.state.output), _items(engine.state.batch)
+        outputs, items = engine_items(engine.state.output), engine_items(engine.state.batch)
         if len(items) != len(outputs):
             raise ValueError(f"engine.state.output: expected one per batch item ({len(items)}), got {len(outputs)}")
         keys = {**self.keys, **self.extra_keys}
@@ -138,7 +138,8 @@ class GenerativeEvaluation:
             self._labels.append(_labels(self.label_key, item))
             self._ids.append(self._identity(image, item))
             for key, values in self._info.items():
-                values.append(_plain_value(key, item.get(key, output.get(key))))
+                value = item.get(key, output.get(key))
+                values.append(plain_value(key, value, remedy="remove it from info_keys"))
         if self.reconstruct is not None and not rows["reconstruction"] and rows["image"]:
             real = torch.stack([_plain(image) for image in rows["image"]]).clamp(0, 1)
             with torch.no_grad():
@@ -215,7 +216,7 @@ class GenerativeEvaluation:
             self.folder, images, columns, columns=self.columns, grid_images=self.grid_images, display=self.display
         )
         engine.state.metrics.update({row["name"]: row["value"] for row in summary if row["value"] is not None})
-        logger.info("evaluation of %d images, written to %s\n%s", len(self._ids), self.folder, _table(summary))
+        logger.info("evaluation of %d images, written to %s\n%s", len(self._ids), self.folder, summary_text(summary))
         self._reset()
 
     def _write_per_image(self, columns: Mapping[str, Sequence[Any]]) -> None:
@@ -230,30 +231,13 @@ class GenerativeEvaluation:
         self._write_table(self.folder / "per_image.csv", lines)
 
     def _write_table(self, path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-        """CSV with the columns of all lines in order of appearance; what would name a person is hashed."""
-        names = list(dict.fromkeys(name for line in lines for name in line))
-        if not names:  # a table of an earlier evaluation in this folder would be misread
-            path.unlink(missing_ok=True)
-            return
-        with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(names)
-            for line in lines:
-                writer.writerow([self._cell(name, line.get(name)) for name in names])
+        """CSV; what would name a person is hashed."""
+        write_table(path, [{name: self._cell(name, value) for name, value in line.items()} for line in lines])
 
     def _cell(self, name: str, value: Any) -> Any:
-        if value is None:
-            return ""
         if name in self.info_keys and isinstance(value, str):
             return _digest(value) if value else ""
-        return f"{value:.6g}" if isinstance(value, float) else value
-
-
-def _items(content: Any) -> list[Mapping[str, Any]]:
-    """A decollated list as it is; a batch dictionary taken apart."""
-    if isinstance(content, Mapping):
-        return decollate_batch(dict(content))
-    return list(content)
+        return value
 
 
 def _find_image(key: str, *places: Mapping[str, Any], floating: bool = True) -> torch.Tensor | None:
@@ -263,15 +247,6 @@ def _find_image(key: str, *places: Mapping[str, Any], floating: bool = True) -> 
         if isinstance(value, torch.Tensor) and (value.is_floating_point() or not floating):
             return value
     return None
-
-
-def _plain_value(key: str, value: Any) -> Any:
-    """Text, number or None of an item; collated numbers are tensors of one element."""
-    if isinstance(value, torch.Tensor | np.generic) and np.prod(value.shape) == 1:
-        value = value.item()
-    if value is None or isinstance(value, str | int | float):
-        return value
-    raise ValueError(f"{key}: expected text or a number, got {type(value).__name__}; remove it from info_keys")
 
 
 def _digest(text: str) -> str:
@@ -293,12 +268,3 @@ def _labels(key: str, item: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def _plain(image: torch.Tensor) -> torch.Tensor:
     return image.detach().as_subclass(torch.Tensor).to("cpu", torch.float32)
-
-
-def _table(summary: Sequence[Mapping[str, Any]]) -> str:
-    width = max((len(row["name"]) for row in summary), default=0)
-    lines = []
-    for row in summary:
-        value, low, high = ("-" if row[k] is None else f"{row[k]:.4g}" for k in ("value", "ci_low", "ci_high"))
-        lines.append(f"{row['name']:<{width}}  {value:>9}  [{low}, {high}]  n = {row['n']}")
-    return "\n".join(lines)

@@ -130,6 +130,63 @@ class HistogramMatched:
         return result
 
 
+class LateWeights:
+    """Weights of a network that are read at the first use, or may be absent.
+
+    Args:
+        network: what is loaded, moved to ``device`` and set to evaluation.
+        path: its state dict.
+        what: whose weights, for the message.
+        device: where the network runs.
+        required: True: missing weights are an error, at once. False: :meth:`loaded` says that there are none.
+        remedy: how to get the weights.
+
+    Raises:
+        FileNotFoundError: ``required`` and no such file.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        path: str | os.PathLike[str],
+        *,
+        what: str,
+        device: torch.device | str = "cpu",
+        required: bool = True,
+        remedy: str = "",
+    ) -> None:
+        self.network, self.path, self.what = network, Path(path), what
+        self.device, self.required, self.remedy = torch.device(device), required, remedy
+        if required and not self.path.is_file():
+            raise self._missing()
+        self._loaded = False
+
+    def _missing(self) -> FileNotFoundError:
+        return FileNotFoundError(f"{self.path}: expected weights of {self.what}, found no file. {self.remedy}")
+
+    @property
+    def absence(self) -> str:
+        """Words for a table whose row stays empty."""
+        return f"not trained: {self.path.name} was not found. {self.remedy}"
+
+    def loaded(self) -> bool:
+        """Load the weights unless that is done; whether there are any.
+
+        Raises:
+            FileNotFoundError: ``required`` and no such file.
+            ValueError: the file holds other weights.
+        """
+        if not self._loaded:
+            if not self.path.is_file():
+                if self.required:
+                    raise self._missing()
+                return False
+            load_weights(self.network, self.path, self.remedy)
+            self.network.to(self.device).eval()
+            self._loaded = True
+        return True
+
+
 class Regression:
     """A network that maps the condition straight to the target, trained on the same data.
 
@@ -156,29 +213,17 @@ class Regression:
         required: bool = True,
         remedy: str = "Train it with configs/train_regression.json.",
     ) -> None:
-        self.network, self.path = network, Path(weights_path)
-        self.device, self.batch_size, self.required, self.remedy = torch.device(device), batch_size, required, remedy
-        if required and not self.path.is_file():
-            raise self._missing()
-        self._loaded = False
-        self.note = "direct regression trained on the same data"
-
-    def _missing(self) -> FileNotFoundError:
-        return FileNotFoundError(
-            f"{self.path}: expected weights of the regression baseline, found no file. {self.remedy}"
+        self.network, self.device, self.batch_size = network, torch.device(device), batch_size
+        self.weights = LateWeights(
+            network, weights_path, what="the regression baseline", device=device, required=required, remedy=remedy
         )
+        self.note = "direct regression trained on the same data"
 
     @torch.no_grad()
     def __call__(self, condition: torch.Tensor) -> torch.Tensor | None:
-        if not self._loaded:
-            if not self.path.is_file():
-                if self.required:
-                    raise self._missing()
-                self.note = f"not trained: {self.path.name} was not found. {self.remedy}"
-                return None
-            load_weights(self.network, self.path, self.remedy)
-            self.network.to(self.device).eval()
-            self._loaded = True
+        if not self.weights.loaded():
+            self.note = self.weights.absence
+            return None
         parts = [
             self.network(part.to(self.device)).float().clamp(0, 1).cpu() for part in condition.split(self.batch_size)
         ]

@@ -90,6 +90,49 @@ def bootstrap_interval(
     return Interval(value, float(low), float(high), vector.size)
 
 
+def grouped_bootstrap_interval(
+    values: Sequence[float] | np.ndarray | Any,
+    groups: Sequence[Any],
+    *,
+    level: float = LEVEL,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Mean over all values, with a percentile bootstrap that draws whole groups.
+
+    Images of one patient or video are no independent samples: each resample draws as many groups as there are, with
+    replacement, and averages all their values.
+
+    Args:
+        values: finite values.
+        groups: the group of each value.
+        level: confidence level in (0, 1).
+        resamples: number of bootstrap sets.
+        seed: of the resampling; the same seed gives the same limits.
+
+    Returns:
+        The mean and n, the number of **groups**; the limits are NaN for one group.
+
+    Raises:
+        ValueError: no value, a value that is not finite, or another number of groups.
+    """
+    vector = _finite_vector(values, name="values")
+    if len(groups) != vector.size:
+        raise ValueError(f"groups: expected one for each of {vector.size} values, got {len(groups)}")
+    members: dict[Any, list[int]] = {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+    n, mean = len(members), float(vector.mean())
+    if n == 1:
+        return Interval(mean, math.nan, math.nan, 1)
+    sums = np.array([vector[rows].sum() for rows in members.values()])
+    counts = np.array([len(rows) for rows in members.values()])
+    drawn = np.random.default_rng(seed).integers(n, size=(resamples, n))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    low, high = np.percentile(means, [50 * (1 - level), 50 * (1 + level)])
+    return Interval(mean, float(low), float(high), n)
+
+
 def wilson_interval(successes: int, n: int, *, level: float = LEVEL) -> Interval:
     """Proportion with Wilson's score interval, which stays inside [0, 1] and is honest for 0 or n successes.
 

@@ -165,16 +165,16 @@ class PairwiseMultiScaleSSIM:
         if images.ndim != 4 or images.shape[1] != 1:
             raise ValueError(f"{name}: expected (N, 1, H, W), got {tuple(images.shape)}")
         side, scales, k = min(images.shape[-2:]), len(self.weights), self.kernel_size
-        needed = 2 ** (scales - 1) * (k - 1)
-        if side <= needed:
+        needed = 2 ** (scales - 1) * k  # halving rounds down, and the window must fit into the coarsest scale
+        if side < needed:
             # The largest kernel and the largest number of scales that this size allows, to name a remedy that works.
-            kernel = (side - 1) // 2 ** (scales - 1) + 1
+            kernel = side // 2 ** (scales - 1)
             kernel -= 1 - kernel % 2
-            fewer = max((s for s in range(1, scales) if side > 2 ** (s - 1) * (k - 1)), default=0)
+            fewer = max((s for s in range(1, scales) if side >= 2 ** (s - 1) * k), default=0)
             remedies = [f"kernel_size {kernel}"] if kernel >= 3 else []
             remedies += [f"`weights` of length {fewer}"] if fewer else []
             raise ValueError(
-                f"{name}: {scales} scales with kernel {k} need every side > {needed}, got "
+                f"{name}: {scales} scales with kernel {k} need every side >= {needed}, got "
                 f"{images.shape[-2]} x {images.shape[-1]}; use {' or '.join(remedies) or 'larger images'}"
             )
         low, high = (float(v) for v in torch.aminmax(images.detach()))

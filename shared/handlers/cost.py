@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one call of the network costs: seconds and memory."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.engines.utils import IterationEvents
+
+
+class CallCost:
+    """Time each iteration from its start, the batch being loaded, until the inferer has returned; and its memory.
+
+    ``ignite.handlers.BasicTimeProfiler`` does not fit: it times the handlers too, keeps no single iterations, and does
+    not wait for the GPU. ``FORWARD_COMPLETED`` is the moment before ``MODEL_COMPLETED``, whose first handlers are the
+    engine's own decollating and postprocessing.
+
+    Attributes:
+        seconds: of the present iteration.
+        peak_bytes: the most so far; None where it is not known.
+        memory_note: what ``peak_bytes`` counts.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.peak_bytes: int | None = None
+        self.memory_note = ""
+        self._began = 0.0
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self._reset)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._start)
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._stop)
+
+    def _reset(self, engine: Engine) -> None:
+        self.peak_bytes = None
+
+    def _start(self, engine: Any) -> None:
+        device = engine.state.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        self._began = time.perf_counter()
+
+    def _stop(self, engine: Any) -> None:
+        device = engine.state.device
+        wait_for(device)
+        self.seconds = time.perf_counter() - self._began
+        used, self.memory_note = _peak(device)
+        if used is not None:
+            self.peak_bytes = max(used, self.peak_bytes or 0)
+
+
+def wait_for(device: torch.device) -> None:
+    """Until a GPU has done what it was given; on a CPU that is so already."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _peak(device: torch.device) -> tuple[int | None, str]:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), "torch.cuda.max_memory_allocated"
+    if sys.platform == "win32":
+        return None, "not measured: Windows has no resource.getrusage"
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return used, "resource.getrusage: ru_maxrss of the whole process, with data loading and libraries"
