@@ -38,14 +38,15 @@ class LatentDataset(Dataset):
         data: items with the image's path and whatever ``transform`` needs.
         transform: applied to the item, e.g. text to ``tokens``; with a cache it finds the image as a path, by which its
             errors name the item, and the path is removed afterwards.
-        image_transform: deterministic transforms from the item to ``image`` ``(1, H, W)`` in [0, 1].
+        image_transform: deterministic transforms from the item to ``encoded_key``, ``(C, H, W)`` in [0, 1].
         autoencoder: frozen, with ``encode(x) -> (mean, sigma)``.
-        cache_dir: folder of the cache; ``None`` or "" (MONAI's command line drops ``None``) leaves ``image`` in the
-            items (random image transforms are then possible, and the encoder runs in every step).
+        cache_dir: folder of the cache; ``None`` or "" (MONAI's command line drops ``None``) leaves ``encoded_key`` in
+            the items (random image transforms are then possible, and the encoder runs in every step).
         device: where the encoder runs.
         batch_size: images per encoder call.
         num_workers: processes that load images while the cache is made.
         image_keys: what ``image_transform`` needs of an item: the key of the path, then e.g. that of a slice's number.
+        encoded_key: what ``image_transform`` makes and the autoencoder encodes.
 
     Items then hold ``latent_mean`` and ``latent_log_variance`` ``(C, h, w)`` float32, ``item_id`` and the transform's
     keys.
@@ -63,9 +64,11 @@ class LatentDataset(Dataset):
         batch_size: int = 8,
         num_workers: int = 0,
         image_keys: Sequence[str] = ("image",),
+        encoded_key: str = "image",
     ) -> None:
         super().__init__(data=data, transform=transform)
         self.image_keys = tuple(image_keys)
+        self.encoded_key = encoded_key
         self.image_transform = image_transform
         self.cache_path: Path | None = None
         self._posterior: np.ndarray | None = None
@@ -82,7 +85,7 @@ class LatentDataset(Dataset):
     def posterior(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance ``(C, h, w)`` of one item, on the CPU; encoded anew where there is no cache."""
         if self.cache_path is None:
-            image = self.image_transform(self._source(self.data[index]))["image"]
+            image = self.image_transform(self._source(self.data[index]))[self.encoded_key]
             mean, log_variance = torch.from_numpy(self._encode(image[None])[0])
             return mean, log_variance
         if self._posterior is None:
@@ -94,7 +97,7 @@ class LatentDataset(Dataset):
         sources = [self._source(item) for item in self.data]
         key = _cache_key(sources, self.image_keys[0], self.image_transform, self._encode.autoencoder)
         path = folder / f"latents_{key}.npy"
-        images = Dataset(data=sources, transform=self.image_transform)
+        images = Dataset(data=sources, transform=_Encoded(self.image_transform, self.encoded_key))
         if not _is_usable(path, images, self._encode):
             _build(path, images, self._encode, batch_size, num_workers)
         return path
@@ -178,7 +181,7 @@ def _build(path: Path, images: Dataset, encode: _Encoder, batch_size: int, num_w
     was_training = encode.autoencoder.training
     encode.autoencoder.to(encode.device).eval()
     # A generator of its own: whether the cache exists must not change the random numbers of the training.
-    options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "collate_fn": _only_images}
+    options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "collate_fn": list_data_collate}
     loader = DataLoader(images, generator=torch.Generator(), **options)
     with atomic_path(path) as temporary:
         stored: np.memmap | None = None
@@ -204,9 +207,14 @@ def _build(path: Path, images: Dataset, encode: _Encoder, batch_size: int, num_w
     logger.info("stored the latents of %d images in %s", len(images), path)
 
 
-def _only_images(items: Sequence[Mapping[str, Any]]) -> Any:
-    # Whatever else an item has need not be alike in all of them.
-    return list_data_collate([{"image": item["image"]} for item in items])
+class _Encoded:
+    """Only what the autoencoder encodes: whatever else an item has need not be alike in all of them."""
+
+    def __init__(self, transform: Callable, key: str) -> None:
+        self.transform, self.key = transform, key
+
+    def __call__(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        return {"image": self.transform(item)[self.key]}
 
 
 def _is_usable(path: Path, images: Dataset, encode: _Encoder) -> bool:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loss terms of the autoencoders."""
+"""Loss terms of the autoencoders and of latent estimation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
+from monai.networks.schedulers import Scheduler
 from torch import nn
 
 
@@ -79,3 +80,40 @@ class AutoencoderLoss(nn.Module):
             total = total + self.perceptual_weight * terms["perceptual"]
         terms["total"] = total
         return terms
+
+
+class NoiseAndLatentLoss(nn.Module):
+    """Mean absolute error of the noise plus that of the latent estimated from it (arXiv:2406.18361, section 2.3).
+
+    ``L = |n~ - n| + w |z~ - z|`` with ``z~ = (x_t - sqrt(1 - alpha_bar) n~) / sqrt(alpha_bar)``. Both come from one
+    pass of the network. Since ``z~ - z = -sqrt((1 - alpha_bar) / alpha_bar) (n~ - n)``, the second term is the first
+    times a factor of the timestep alone, which is how it is computed here: exact at all levels, where the difference of
+    two estimates would lose digits at the noisiest. Nothing is clamped. With the published schedule the factor is 2.4
+    in the median, 6.1 on average and 38.7 at the last timestep, from which inference starts.
+
+    Args:
+        scheduler: the noise schedule, of ``epsilon`` prediction.
+        latent_weight: ``w``; 0 leaves the usual loss of the noise.
+    """
+
+    ratios: torch.Tensor
+
+    def __init__(self, scheduler: Scheduler, *, latent_weight: float = 1.0) -> None:
+        super().__init__()
+        self.latent_weight = latent_weight
+        alpha_bar = scheduler.alphas_cumprod.double()
+        self.register_buffer("ratios", torch.sqrt((1.0 - alpha_bar) / alpha_bar).float(), persistent=False)
+
+    def forward(self, predicted: torch.Tensor, target: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Compute the loss in float32.
+
+        Args:
+            predicted: noise ``(B, C, h, w)``.
+            target: ``noise`` of the same shape and ``timesteps`` ``(B,)``.
+
+        Returns:
+            Scalar, averaged over all elements.
+        """
+        error = (predicted.float() - target["noise"].float()).abs().flatten(1).mean(dim=1)
+        weights = 1.0 + self.latent_weight * self.ratios.to(error.device)[target["timesteps"]]
+        return (weights * error).mean()

@@ -36,12 +36,16 @@ class LatentDiffusionBatch(PrepareBatch):
         seed: ``None`` draws from torch's global generator, for training. A number fixes noise, posterior sample and
             timestep of every item to a function of (seed, item), so that validation losses of two epochs differ only by
             the weights.
+        encoded_key: key of the image to encode where latents are not cached.
     """
 
-    def __init__(self, scheduler: Scheduler, model: Any, *, seed: int | None = None) -> None:
+    def __init__(
+        self, scheduler: Scheduler, model: Any, *, seed: int | None = None, encoded_key: str = "image"
+    ) -> None:
         self.scheduler = scheduler
         self.model = model
         self.seed = seed
+        self.encoded_key = encoded_key
 
     def __call__(  # type: ignore[override]
         self, batchdata: Mapping[str, Any], device: torch.device, non_blocking: bool = False, **kwargs: Any
@@ -69,7 +73,9 @@ class LatentDiffusionBatch(PrepareBatch):
             mean, log_variance = (batchdata[name].to(device, non_blocking=non_blocking) for name in names)
             return mean, log_variance
         with torch.no_grad():
-            mean, sigma = self.model.autoencoder.encode(batchdata["image"].to(device, non_blocking=non_blocking))
+            images = batchdata[self.encoded_key].to(device, non_blocking=non_blocking)
+            # Plain, as cached latents are: a MetaTensor would stay one through every layer of the network.
+            mean, sigma = self.model.autoencoder.encode(images.as_subclass(torch.Tensor))
         return mean, 2.0 * sigma.log()
 
     def _draw(
@@ -157,6 +163,37 @@ class ConditionedLatentDiffusionBatch(LatentDiffusionBatch):
             count = len(next(value for value in batchdata.values() if isinstance(value, torch.Tensor)))
             extra["null_prompt"] = torch.rand(count, device=device) < self.null_prompt_probability
         return extra
+
+
+class SegmentationBatch(LatentDiffusionBatch):
+    """Images and masks to what ``SegmentationModel`` predicts noise from, and what ``NoiseAndLatentLoss`` compares.
+
+    Args:
+        scheduler: the noise schedule, of ``epsilon`` prediction.
+        model: ``SegmentationModel``.
+        encoded_key: key of the mask as a picture ``(B, 3, H, W)`` in [0, 1], where latents are not cached.
+        seed: see ``LatentDiffusionBatch``.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, model: Any, *, encoded_key: str = "target", seed: int | None = None
+    ) -> None:
+        super().__init__(scheduler, model, seed=seed, encoded_key=encoded_key)
+
+    def __call__(  # type: ignore[override]
+        self, batchdata: Mapping[str, Any], device: torch.device, non_blocking: bool = False, **kwargs: Any
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], tuple, dict[str, torch.Tensor]]:
+        """Returns images ``(B, 1|3, H, W)``, noise and timesteps, ``()``, and the named inputs of the network."""
+        noisy, noise, _, named = super().__call__(batchdata, device, non_blocking)
+        image = batchdata["image"].to(device, non_blocking=non_blocking).as_subclass(torch.Tensor)
+        return image, {"noise": noise, "timesteps": named["timesteps"]}, (), {"noisy": noisy, **named}
+
+    def extra_inputs(
+        self, batchdata: Mapping[str, Any], device: torch.device, non_blocking: bool
+    ) -> dict[str, torch.Tensor]:
+        if "class_id" not in batchdata:
+            return {}
+        return {"class_labels": torch.as_tensor(batchdata["class_id"]).to(device, non_blocking=non_blocking)}
 
 
 class PromptBatch(PrepareBatch):

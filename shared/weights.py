@@ -4,21 +4,25 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+Adapt = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 
-def load_weights(network: nn.Module, path: str | Path, remedy: str = "") -> nn.Module:
+
+def load_weights(network: nn.Module, path: str | Path, remedy: str = "", *, adapt: Adapt | None = None) -> nn.Module:
     """Load a state dict strictly, with plain tensors only, and return the network.
 
     Args:
         network: network to fill.
         path: file with a state dict, or ``{"model": state dict}``.
         remedy: what the user can do when the file is missing.
+        adapt: changes the state dict before the comparison, e.g. widens a convolution; called with names and tensors
+            alone, what else a file holds is refused unchanged.
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -37,6 +41,8 @@ def load_weights(network: nn.Module, path: str | Path, remedy: str = "") -> nn.M
             "made by another program: fetch it again or convert it with `python -m tools.convert_checkpoint`."
         ) from error
     state = content["model"] if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping) else content
+    if adapt is not None and _is_state(state):
+        state = adapt(state)
     problem = _first_mismatch(network.state_dict(), state)
     if problem:
         raise ValueError(
@@ -45,6 +51,12 @@ def load_weights(network: nn.Module, path: str | Path, remedy: str = "") -> nn.M
         )
     network.load_state_dict(state, strict=True)
     return network
+
+
+def _is_state(state: Any) -> bool:
+    if not isinstance(state, Mapping):
+        return False
+    return all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items())
 
 
 def _first_mismatch(expected: Mapping[str, torch.Tensor], state: Any) -> str | None:
