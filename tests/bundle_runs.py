@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import sys
 from collections.abc import Collection, Iterator, Mapping
@@ -71,7 +72,8 @@ class BundleRuns:
     def small(self, stage: str, dataset_dir: Path, overrides: Mapping[str, Any]) -> Iterator[ConfigWorkflow]:
         """The small workflow of a stage, or of one with overlays: ``train evaluate``."""
         names = stage.split()
-        options = {**self.stages[names[0]], "dataset_dir": str(dataset_dir), **overrides}
+        # MONAI writes nested overrides (``unet_def#in_channels``) into the very dictionaries that it was given.
+        options = copy.deepcopy({**self.stages[names[0]], "dataset_dir": str(dataset_dir), **overrides})
         with self.loaded(*names, "tiny", **options) as workflow:
             yield workflow
 

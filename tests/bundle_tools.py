@@ -45,6 +45,8 @@ FORWARDED = {
     "monai.networks.schedulers.scheduler.Scheduler": {"beta_start", "beta_end"},
     "shared.metrics.measures.ReconstructionMsssim": {"kernel_size"},
     "shared.metrics.measures._Diversity": {"kernel_size"},
+    # Settings that are stated beside a mask.
+    "shared.transforms.mask_saving.SaveSegmentationd": {"seed", "num_inference_steps"},
 }
 
 _REFERENCE = re.compile(r"@((?:[A-Za-z_]\w*)(?:#\w+)*)")

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What two processes do for ``test_multi_gpu.py``: ``torchrun --nproc_per_node=2 -m tests.gang FOLDER PHANTOMS``.
+"""What two processes do for ``test_multi_gpu.py``: ``torchrun --nproc_per_node=2 -m tests.gang FOLDER``.
 
-All of it in one launch, since starting two processes takes longer than the work. Each process leaves its answers in
-``FOLDER/rank<rank>.pt``; the tests compare them.
+All of it in one launch, since starting two processes takes longer than the work. The data sets lie in ``FOLDER/data``,
+by bundle. Each process leaves its answers in ``FOLDER/rank<rank>.pt``; the tests compare them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import sys
 from pathlib import Path
@@ -23,9 +24,13 @@ from shared.distributed import data_parallel, from_main_process, join_processes,
 from shared.files import sha256_of_state
 from shared.handlers.guard import GradientGuard, NonFiniteLossError
 from shared.handlers.metrics_csv import MetricsCsv
+from shared.losses import NoiseAndLatentLoss
+from shared.prepare_batch import SegmentationBatch
+from tests import sdseg_runs
 from tests.bundle_tools import read
 from tests.conftest import ROOT
 from tests.test_engines import make_trainer
+from tests.tiny_networks import pictures, segmentation_model, segmentation_scheduler
 
 BUNDLE = ROOT / "bundles/cxr_ldm"
 TINY = read(BUNDLE / "configs/tiny.json")
@@ -42,7 +47,13 @@ STAGES: dict[str, dict[str, Any]] = {
             **{**TINY["unet_def"], "channels": [8, 16, 16], "num_head_channels": [0, 8, 8], "norm_num_groups": 8}
         },
     },
+    "segmentation": {
+        **{**sdseg_runs.STAGES["train"], "bundle_root": str(sdseg_runs.SDSEG.folder), "flips": "none"},
+        **{"max_epochs": 3, "batch_size": 2, "preview_interval": 3, "accumulation_steps": 2},
+    },
 }
+# What is not a stage of cxr_ldm under its own name.
+CONFIGS = {"segmentation": (sdseg_runs.SDSEG.folder, "train")}
 
 
 class Interruption(Exception):
@@ -52,19 +63,23 @@ class Interruption(Exception):
 # Whole trainings of the bundle
 
 
-def train_stage(
-    stage: str, folder: Path, data: Path, crash_at: int | None = None, *, is_last: bool = False
-) -> dict[str, Any]:
+def train_stage(stage: str, folder: Path, crash_at: int | None = None, *, is_last: bool = False) -> dict[str, Any]:
     """Train a stage, with folders of its own for every rank: what rank 1 writes is found out."""
     rank = int(os.environ["RANK"])
     own = folder if rank == 0 else folder.with_name(f"{folder.name}_rank{rank}")
-    options = {**STAGES[stage], "dataset_dir": str(data), "ckpt_dir": str(own / "models")}
-    options |= {"output_dir": str(own / "runs" / stage)}
-    if stage == "train":
+    bundle, config = CONFIGS.get(stage, (BUNDLE, stage))
+    data = folder.parent / "data" / bundle.name
+    # Copied: MONAI writes overrides into the dictionaries that it is given.
+    options = {**copy.deepcopy(STAGES[stage]), "dataset_dir": str(data)}
+    options |= {"ckpt_dir": str(own / "models" / bundle.name), "output_dir": str(own / "runs" / stage)}
+    if stage != "train_autoencoder":
         options["latent_cache_dir"] = str(own / "runs/latents")
-        options["autoencoder#path"] = str(folder / "models/stages/autoencoder.pt")
+    if stage == "train":
+        options["autoencoder#path"] = str(folder / "models" / bundle.name / "stages/autoencoder.pt")
+    if stage == "segmentation":
+        options["autoencoder_weights"] = str(data / "autoencoder.pt")
     workflow = ConfigWorkflow(
-        config_file=[str(BUNDLE / "configs" / f"{name}.json") for name in (stage, "multi_gpu_train", "tiny")],
+        config_file=[str(bundle / "configs" / f"{name}.json") for name in (config, "multi_gpu_train", "tiny")],
         logging_file=False,
         run_id="training",
         workflow_type="train",
@@ -136,6 +151,40 @@ def train_on_shares(folder: Path) -> dict[str, Any]:
     return result
 
 
+def segment_on_shares() -> dict[str, Any]:
+    """Train SDSeg's model on shares and on whole batches: noise and level depend on the item alone."""
+    rank = torch.distributed.get_rank()
+    scheduler = segmentation_scheduler()
+    target = (pictures(16, seed=1) > 0.5).float()
+    items = {"image": pictures(16), "target": target, "item_id": [str(index) for index in range(16)]}
+    whole = [{key: value[start : start + 4] for key, value in items.items()} for start in range(0, 16, 4)]
+    share = slice(rank * 2, rank * 2 + 2)
+    shares = [{key: value[share] for key, value in batch.items()} for batch in whole]
+    result: dict[str, Any] = {}
+    for name, data in (("whole", whole), ("shared", shares)):
+        model = segmentation_model()
+        network = data_parallel(model) if name == "shared" else model
+        losses: list[float] = []
+        trainer = SupervisedTrainer(
+            device=torch.device("cpu"),
+            max_epochs=3,
+            train_data_loader=data,
+            network=network,
+            optimizer=torch.optim.SGD(model.parameter_groups(0.01), lr=0.01),
+            loss_function=NoiseAndLatentLoss(scheduler),
+            prepare_batch=SegmentationBatch(scheduler, model, seed=0),
+            train_handlers=[GradientGuard(max_norm=0.5)],
+            decollate=False,
+        )
+        trainer.add_event_handler(
+            Events.ITERATION_COMPLETED, lambda e, to=losses: to.append(float(e.state.output["loss"]))
+        )
+        trainer.run()
+        result[name] = model.state_dict()
+        result[f"{name}_losses"] = losses
+    return result
+
+
 # Steps that one rank must refuse
 
 
@@ -178,23 +227,24 @@ def train_with_bad_batch(policy: str, *, in_gradient: bool) -> dict[str, Any]:
     return {"message": message, "skipped": skipped, "weights": network.module.state_dict()}
 
 
-def main(folder: Path, data: Path) -> None:
+def main(folder: Path) -> None:
     torch.set_num_threads(1)
     join_processes("cpu")
     rank = torch.distributed.get_rank()
     results: dict[str, Any] = {"from main": from_main_process(f"said by {rank}"), "shares": train_on_shares(folder)}
+    results["segmentation shares"] = segment_on_shares()
     for policy in ("skip", "stop"):
         for where in ("gradient", "loss"):
             results[f"{policy} {where}"] = train_with_bad_batch(policy, in_gradient=where == "gradient")
     for stage in STAGES:
-        results[f"{stage} whole"] = train_stage(stage, folder / "whole", data)
-        crashed = train_stage(stage, folder / "broken", data, crash_at=3)
+        results[f"{stage} whole"] = train_stage(stage, folder / "whole")
+        crashed = train_stage(stage, folder / "broken", crash_at=3)
         # A group can be joined once in the life of a process, so only the last workflow may leave it.
-        resumed = train_stage(stage, folder / "broken", data, is_last=stage == "train")
+        resumed = train_stage(stage, folder / "broken", is_last=stage == list(STAGES)[-1])
         results[f"{stage} broken"] = resumed | {"iterations": [crashed["iterations"], resumed["iterations"]]}
     assert not torch.distributed.is_initialized()
     torch.save(results, folder / f"rank{rank}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

@@ -13,7 +13,8 @@ from monai.data import DataLoader, Dataset, MetaTensor
 from PIL import Image, ImageDraw
 
 from shared.transforms.in_plane import UprightVolumed
-from shared.transforms.masks import LoadMaskd, MaskToPictured, classes_of_slices
+from shared.transforms.masks import CheckMaskGridd, LoadMaskd, MaskToPictured, classes_of_slices
+from shared.transforms.pixels import picture_size
 from shared.transforms.segmentation_images import LoadPictured
 from tests.conftest import HANDBOOK
 from tests.test_in_plane import affine_of
@@ -299,6 +300,46 @@ def test_the_image_may_have_been_resized_before(tmp_path):
     item = LoadPictured("image")({"image": str(image), "label": str(save(tmp_path / "m.png", MASK))})
     item["image"] = MetaTensor(torch.zeros(3, 4, 4), meta=item["image"].meta)
     assert LoadMaskd("label", image_key="image")(item)["label"].shape == (1, 6, 9)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_size_of_a_png_file_that_a_tag_turns(tmp_path, late):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    path = tmp_path / "a.png"
+    Image.fromarray(MASK).save(path, exif=exif)
+    written = path.read_bytes()
+    start, pixels = written.index(b"eXIf") - 4, written.index(b"IDAT") - 4
+    assert start < pixels
+    if late:
+        tag = written[start:pixels]
+        path.write_bytes(written[:start] + written[pixels:-12] + tag + written[-12:])
+    assert picture_size(path) == (9, 6) == load(path).shape[1:]
+
+
+def test_grid_is_compared_without_decoding(tmp_path):
+    """The headers alone: the pixels may be spoiled."""
+    photograph = np.random.default_rng(0).integers(0, 255, (6, 9, 3)).astype(np.uint8)
+    mask = save(tmp_path / "m.png", MASK)
+    written = mask.read_bytes()
+    start = written.index(b"IDAT") + 4
+    mask.write_bytes(written[:start] + bytes(6) + written[start + 6 :])
+    with pytest.raises(ValueError, match=r"m\.png: expected a readable image"):
+        load(mask)
+    item = {"image": str(save(tmp_path / "a.png", photograph)), "label": str(mask), "slice": 2}
+    check = pickle.loads(pickle.dumps(CheckMaskGridd("label")))
+    assert check(item) == item
+    # without a cache of latents the mask is loaded, and resized, already
+    loaded = MetaTensor(torch.zeros(1, 4, 4), meta={"filename_or_obj": str(save(tmp_path / "t.png", MASK.T.copy()))})
+    for label in (loaded, str(tmp_path / "t.png")):
+        with pytest.raises(ValueError, match=r"^\S*t\.png: expected the size of its image \S*a\.png, 6 x 9 .* 9 x 6;"):
+            check({**item, "label": label})
+    other = write(tmp_path / "v.nii", np.zeros((5, 6, 7)))
+    with pytest.raises(ValueError, match=r"^\S*s\.nii: expected the grid of \S*v\.nii"):
+        check({"image": str(other), "label": str(write(tmp_path / "s.nii", np.zeros((5, 6, 6))))})
+    with pytest.raises(KeyError, match="label"):
+        check({"image": str(other)})
+    assert CheckMaskGridd("label", allow_missing_keys=True)({"image": str(other)}) == {"image": str(other)}
 
 
 def test_mask_as_a_picture(tmp_path):

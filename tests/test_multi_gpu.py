@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
@@ -21,9 +22,12 @@ from torch import nn
 
 from shared import distributed
 from shared.handlers.progress import EpochProgress
+from tests import sdseg_runs
 from tests.conftest import ROOT
-from tests.gang import BUNDLE, STAGES
+from tests.gang import BUNDLE, CONFIGS, STAGES
+from tests.tiny_networks import segmentation_model
 from tools.phantoms.cxr_ldm import make_dataset
+from tools.phantoms.sdseg import make_dataset as make_pictures
 
 stages = pytest.mark.parametrize("stage", list(STAGES))
 
@@ -32,29 +36,41 @@ def launch(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400
     )
 
 
-@pytest.fixture(scope="module")
-def phantoms(tmp_path_factory) -> Path:
+def shorten(folder: Path) -> None:
     """Odd numbers of items: shares differ in size and in the last batch."""
-    folder = tmp_path_factory.mktemp("phantoms")
-    make_dataset(str(folder), n=14, size=64, split=(0.6, 0.3, 0.1))
     content = json.loads((folder / "datalist.json").read_text())
     assert len(content["training"]) >= 7
     assert len(content["validation"]) >= 3
     content |= {"training": content["training"][:7], "validation": content["validation"][:3]}
     (folder / "datalist.json").write_text(json.dumps(content))
-    return folder
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, phantoms) -> Path:
+def data(tmp_path_factory) -> Path:
+    """Data sets by bundle, and an autoencoder with random weights."""
     folder = tmp_path_factory.mktemp("gang")
-    done = launch("-m", "tests.gang", str(folder), str(phantoms))
+    make_dataset(str(folder / "data/cxr_ldm"), n=14, size=64, split=(0.6, 0.3, 0.1))
+    make_pictures(str(folder / "data/sdseg"), num_images=18, size=(80, 64), split=(0.6, 0.3, 0.1))
+    for bundle in ("cxr_ldm", "sdseg"):
+        shorten(folder / "data" / bundle)
+    torch.save(sdseg_runs.network().autoencoder.state_dict(), folder / "data/sdseg/autoencoder.pt")
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def phantoms(data) -> Path:
+    return data / "cxr_ldm"
+
+
+@pytest.fixture(scope="module")
+def folder(data) -> Path:
+    done = launch("-m", "tests.gang", str(data.parent))
     assert done.returncode == 0, done.stdout[-5000:]
-    return folder
+    return data.parent
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +91,7 @@ def test_ranks_end_with_the_same_weights(stage, ranks):
     one, two = (rank[f"{stage} whole"] for rank in ranks)
     names = ["network", "average", "scale_factor", *(["discriminator"] if stage == "train_autoencoder" else [])]
     assert {name: one[name] for name in names} == {name: two[name] for name in names}
-    assert (one["scale_factor"] != 1.0) == (stage == "train")
+    assert (one["scale_factor"] != 1.0) == (stage != "train_autoencoder")
     assert one["metrics"] == two["metrics"]
     assert all(math.isfinite(value) for value in one["metrics"].values())
     assert one["properties"] == two["properties"] == []
@@ -99,7 +115,8 @@ def test_every_epoch_deals_every_item_in_a_new_order(stage, ranks):
 @stages
 def test_only_the_main_process_writes(stage, ranks):
     files = ranks[0][f"{stage} whole"]["files"]
-    weights = {"train_autoencoder": "models/stages/autoencoder.pt", "train": "models/model.pt"}[stage]
+    name = "stages/autoencoder.pt" if stage == "train_autoencoder" else "model.pt"
+    weights = f"models/{CONFIGS.get(stage, (BUNDLE, ''))[0].name}/{name}"
     for name in ("metrics.csv", "manifest.json", "config.json", "checkpoints/checkpoint_epoch=3.pt"):
         assert f"runs/{stage}/{name}" in files
     assert weights in files
@@ -118,11 +135,16 @@ def test_resumed_training_repeats_the_uninterrupted_one(stage, ranks, folder):
     assert whole == broken
 
 
-def test_metrics_of_shares_are_those_of_all_items(folder, phantoms, ranks):
+@pytest.mark.parametrize("stage", ["train_autoencoder", "segmentation"])
+def test_metrics_of_shares_are_those_of_all_items(stage, folder, data, ranks):
     """The weights of the last epoch, measured by one process."""
-    options = STAGES["train_autoencoder"] | {"dataset_dir": str(phantoms), "output_dir": "unused", "resume": "never"}
+    bundle, config = CONFIGS.get(stage, (BUNDLE, stage))
+    options = copy.deepcopy(STAGES[stage]) | {"dataset_dir": str(data / bundle.name), "output_dir": "unused"}
+    options |= {"resume": "never", "ckpt_dir": "unused"}
+    if stage == "segmentation":
+        options["autoencoder_weights"] = str(data / "sdseg/autoencoder.pt")
     hook, path = sys.excepthook, list(sys.path)
-    files = [str(BUNDLE / "configs" / f"{name}.json") for name in ("train_autoencoder", "tiny")]
+    files = [str(bundle / "configs" / f"{name}.json") for name in (config, "tiny")]
     workflow = ConfigWorkflow(files, logging_file=False, workflow_type="train", **options)
     try:
         workflow.initialize()
@@ -130,13 +152,18 @@ def test_metrics_of_shares_are_those_of_all_items(folder, phantoms, ranks):
         # The handlers would write; only the numbers are wanted.
         workflow.parser.set([], "validate#handlers")
         workflow.parser.parse(True)
-        checkpoint = folder / "whole/runs/train_autoencoder/checkpoints/checkpoint_epoch=3.pt"
-        content("ema").ema_model.load_state_dict(torch.load(checkpoint, weights_only=True)["ema"])
+        checkpoint = torch.load(folder / f"whole/runs/{stage}/checkpoints/checkpoint_epoch=3.pt", weights_only=True)
+        model = content("ema").ema_model
+        if stage == "segmentation":
+            # The checkpoint lacks what is not trained.
+            model.scale_factor.fill_(ranks[0]["segmentation whole"]["scale_factor"])
+            model = model.trained
+        model.load_state_dict(checkpoint["ema"])
         evaluator = content("validate#evaluator")
         evaluator.run()
     finally:
         sys.excepthook, sys.path[:] = hook, path
-    assert evaluator.state.metrics == pytest.approx(ranks[1]["train_autoencoder whole"]["metrics"], rel=1e-5)
+    assert evaluator.state.metrics == pytest.approx(ranks[1][f"{stage} whole"]["metrics"], rel=1e-5)
 
 
 # Steps
@@ -156,6 +183,20 @@ def test_two_shares_step_as_one_process_with_the_whole_batch(ranks, folder):
     whole, shared = curve(folder / "whole.csv"), curve(folder / "shared.csv")
     assert ("2", "train", "discriminator") in whole
     assert shared == pytest.approx(whole, abs=1e-5)
+
+
+def test_two_shares_segment_as_one_process_with_the_whole_batch(ranks):
+    one, two = (rank["segmentation shares"] for rank in ranks)
+    start = segmentation_model().state_dict()
+    trained = [name for name in start if name.startswith(("unet.", "vision_encoder."))]
+    for name, expected in one["whole"].items():
+        assert torch.equal(one["shared"][name], two["shared"][name])
+        torch.testing.assert_close(one["shared"][name], expected, rtol=0, atol=1e-5)
+        assert name in trained or torch.equal(expected, start[name])
+    assert max((one["whole"][name] - start[name]).abs().max() for name in trained) > 1e-3
+    losses = (torch.tensor(one["shared_losses"]) + torch.tensor(two["shared_losses"])) / 2
+    assert len(losses) == 12
+    torch.testing.assert_close(losses, torch.tensor(one["whole_losses"]), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("where", ["gradient", "loss"])

@@ -64,7 +64,7 @@ class LoadMaskd(MapTransform):
         for key in self.key_iterator(result):
             path = as_path(result[key], key=key)
             if self.image_key is not None:
-                _check_grid(path, _path_of_image(result, self.image_key))
+                _check_grid(path, _path_of_file(result, self.image_key))
             mask = load_mask(path, num_classes=self.num_classes, index=result.get("slice"))
             if result.get("class_id") is not None:
                 mask = self._of_class(mask, result["class_id"], path)
@@ -78,6 +78,32 @@ class LoadMaskd(MapTransform):
                              "shared.segmentation_items for the same num_classes")  # fmt: skip
         chosen = torch.gt(mask, 0) if class_id == 0 else torch.eq(mask, int(class_id))
         return convert_to_dst_type(chosen, mask, dtype=torch.float32)[0]
+
+
+class CheckMaskGridd(MapTransform):
+    """Compare each mask's size and grid with its image's, from the headers alone; the item stays as it is.
+
+    For items whose mask is not loaded beside the image, as where its latents are cached: there a mask of another size
+    would be resized and trained with. Each pair of files is looked at once per process as long as they do not change.
+
+    Args:
+        keys: keys that hold a mask: its path, or the loaded tensor.
+        image_key: key of the image: its path, or the loaded tensor.
+        allow_missing_keys: do not complain about absent keys.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: unreadable header, or another size, grid or kind than the image's. The message starts with the path.
+    """
+
+    def __init__(self, keys: KeysCollection, *, image_key: str = "image", allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        for key in self.key_iterator(dict(data)):
+            _check_grid(_path_of_file(data, str(key)), _path_of_file(data, self.image_key))
+        return dict(data)
 
 
 def load_mask(path: str, *, num_classes: int = 1, index: int | None = None) -> MetaTensor:
@@ -135,11 +161,11 @@ def _refuse_other_kinds(path: str) -> None:
         )
 
 
-def _path_of_image(item: Mapping[Hashable, Any], key: str) -> str:
-    image = item.get(key)
-    if isinstance(image, MetaTensor):
-        image = image.meta.get("filename_or_obj")
-    return as_path(image, key=key)
+def _path_of_file(item: Mapping[Hashable, Any], key: str) -> str:
+    value = item.get(key)
+    if isinstance(value, MetaTensor):
+        value = value.meta.get("filename_or_obj")
+    return as_path(value, key=key)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -212,5 +213,22 @@ def picture_size(path: str | os.PathLike) -> tuple[int, int]:
             return int(dataset.Rows), int(dataset.Columns)
         with Image.open(path) as picture:
             width, height = picture.size
-            turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # TIFF 6.0: rows and columns exchanged
+            # Pillow's own method decodes a PNG file in search of tags behind the pixels.
+            whole = picture.format == "PNG" and _ends_with_pixels(path)
+            exif = Image.Image.getexif(picture) if whole else picture.getexif()
+            turned = exif.get(0x0112, 1) in (5, 6, 7, 8)  # TIFF 6.0: rows and columns exchanged
     return (width, height) if turned else (height, width)
+
+
+def _ends_with_pixels(path: str | os.PathLike) -> bool:
+    """Whether nothing follows the pixels of a PNG file (chunks: length, kind, data, checksum; PNG 3, section 5.3)."""
+    with open(path, "rb") as file:
+        file.seek(8)
+        pixels = False
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if pixels and kind != b"IDAT":
+                return kind == b"IEND"
+            pixels = kind == b"IDAT"
+            file.seek(length + 4, os.SEEK_CUR)
+    return False
