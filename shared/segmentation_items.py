@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared.datalist import FILE_NAME, load_datalist
+from shared.datalist import FILE_NAME, load_datalist, read_description
 from shared.transforms.masks import classes_of_slices
 from shared.transforms.pixels import is_dicom
 from shared.transforms.segmentation_images import SUFFIXES, as_path
@@ -133,6 +133,25 @@ def inference_items(source: str | os.PathLike, *, section: str = "test") -> list
             raise ValueError(f"{path}: expected a file {', '.join(SUFFIXES)}; convert it (dcm2niix for a DICOM series)")
         return _with_names([{"image": os.path.abspath(path)}], os.path.abspath(path.parent))
     return _with_names([{"image": os.path.abspath(file)} for file in _find(path)], os.path.abspath(path))
+
+
+def class_names(dataset_dir: str | os.PathLike, num_classes: int = 1) -> dict[str, str] | None:
+    """Names of the classes in a dataset folder's `labels`, index -> name with the background.
+
+    Args:
+        dataset_dir: a dataset folder; what else can be segmented (a folder of images, one file) has no names.
+        num_classes: 1 = binary, which has two names.
+
+    Returns:
+        None where there is no `datalist.json`, where it names nothing, or another number of classes: a binary model on
+        a set of several.
+    """
+    if not (Path(dataset_dir) / FILE_NAME).is_file():
+        return None
+    labels = read_description(dataset_dir).get("labels")
+    if not isinstance(labels, Mapping) or len(labels) != max(num_classes, 2):
+        return None
+    return {str(index): str(name) for index, name in labels.items()}
 
 
 def count_slices(item: Mapping[str, Any], path: str) -> int | None:

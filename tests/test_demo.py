@@ -30,7 +30,9 @@ RUNNER = str(Path(monai.bundle.__file__).with_name("__main__.py"))
 STAGES = {
     "cxr_ldm": ["train_autoencoder", "train"],
     "brain_controlnet": ["train_autoencoder", "train_diffusion", "train"],
+    "sdseg": ["train_autoencoder", "train"],
 }
+COUNTS = {"cxr_ldm": "n", "brain_controlnet": "n", "sdseg": "num_images"}
 TOOLS: dict[str, Callable[[list[str]], tuple[Callable[..., Any], list[str]]]] = {
     "tools.phantoms": lambda words: (PHANTOMS[words[0]], words[1:]),
     "tools.prepare": lambda words: (PREPARATIONS[words[0]], words[1:]),
@@ -103,7 +105,7 @@ def test_commands_name_what_exists(bundle, calls, tmp_path, monkeypatch, capsys)
             refuse_unknown()  # every override is in the files, and the files are there
         else:
             check_options(*TOOLS[call.words[0]](call.words[1:]))
-    assert option(calls[0].words, "n") == "50"
+    assert option(calls[0].words, COUNTS[bundle]) == "50"
     assert capsys.readouterr().out.splitlines()[-1].endswith(f"Open {tmp_path}/demo/report.html")
 
 
@@ -137,11 +139,20 @@ def test_brain_volumes_are_translated_as_a_user_has_them(calls, tmp_path):
     assert option(prepare, "mask") == brain_controlnet.MASK
 
 
+def test_pictures_are_segmented_and_measured_that_the_demo_weights_never_saw(calls, tmp_path):
+    demo("sdseg", str(tmp_path))
+    phantoms, inference, evaluation = (call.words for call in calls[:3])
+    assert option(inference, "dataset_dir") == option(evaluation, "dataset_dir") == option(phantoms, "out")
+    assert option(phantoms, "seed") not in (None, "0"), "the demo weights were trained on phantoms of seed 0"
+    assert int(option(inference, "num_samples") or 0) > 1, "a map of agreement needs several samples"
+
+
 def test_all_bundles_share_one_page(calls, tmp_path):
     demo(out=str(tmp_path))
     assert [option(call.words, "out") for call in calls if call.words[0] == "tools.phantoms"] == [
         str(tmp_path / "cxr_ldm/data"),
         str(tmp_path / "brain_controlnet/raw"),
+        str(tmp_path / "sdseg/data"),
     ]
     assert calls.modules().count("tools.report") == 1
     assert calls[-1].words[1:3] == [str(tmp_path), f"--out={tmp_path}/report.html"]
@@ -241,7 +252,9 @@ def test_damaged_record(tmp_path):
 
 
 def test_unknown_bundle(calls, tmp_path):
-    with pytest.raises(SystemExit, match="^cxr_lmd: expected one of the bundles cxr_ldm, brain_controlnet, or all"):
+    with pytest.raises(
+        SystemExit, match="^cxr_lmd: expected one of the bundles cxr_ldm, brain_controlnet, sdseg, or all"
+    ):
         demo("cxr_lmd", str(tmp_path / "demo"))
     assert calls == []
     assert not (tmp_path / "demo").exists()

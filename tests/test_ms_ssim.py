@@ -68,7 +68,9 @@ def test_collapse_raises_similarity() -> None:
 
 def test_small_images_are_refused_with_remedies_that_work() -> None:
     images = _images(2, 128, 140)
-    with pytest.raises(ValueError, match="every side >= 176, got 128 x 140; use kernel_size 7 or `weights` of length 4"):
+    with pytest.raises(
+        ValueError, match="every side >= 176, got 128 x 140; use kernel_size 7 or `weights` of length 4"
+    ):
         PairwiseMultiScaleSSIM()(images)
     PairwiseMultiScaleSSIM(kernel_size=7)(images)
     PairwiseMultiScaleSSIM(weights=(0.1, 0.3, 0.3, 0.3))(images)

@@ -480,3 +480,54 @@ def test_what_saves_volumes_and_the_report_understand_each_other(tmp_path: Path)
     assert volume.path == tmp_path / "out/sub-1_T1w.png"
     assert volume.panels == ("FLAIR", "generated", "standard deviation x 4")
     assert volume.settings == {"num_inference_steps": 5, "seed": 3}
+
+
+def save_masks(folder: Path, *, num_samples: int = 2) -> None:
+    """What `SaveSegmentationd` leaves of a picture and of a volume."""
+    import nibabel
+    import torch
+    from monai.data import MetaTensor
+
+    from shared.transforms.mask_saving import SaveSegmentationd
+
+    source = folder / "in"
+    write_picture(source / "sub-1/miller.png", np.stack([gradient(index) for index in range(3)], axis=-1))
+    values = np.arange(6 * 9 * 4, dtype=np.int16).reshape(6, 9, 4)
+    nibabel.save(nibabel.Nifti1Image(values, np.diag([2.0, 2.0, 3.0, 1.0])), source / "jones.nii")
+    save = SaveSegmentationd(
+        output_dir=folder / "out", source=source, num_samples=num_samples, class_names=["background", "polyp"],
+        seed=3, num_inference_steps=1,
+    )  # fmt: skip
+    for name, shape in (("sub-1/miller.png", (40, 56)), ("jones.nii", (6, 9, 4))):
+        pred = torch.zeros(1 + (num_samples > 1), *shape)
+        pred[0, : shape[0] // 2], pred[1:] = 0.9, 0.75
+        affine = nibabel.load(source / name).affine if len(shape) == 3 else None
+        save({"pred": MetaTensor(pred, affine=affine, meta={"filename_or_obj": str(source / name)})})
+
+
+def test_what_saves_masks_and_the_report_understand_each_other(tmp_path: Path) -> None:
+    save_masks(tmp_path)
+    (tmp_path / "out/manifest.json").write_text(json.dumps({"task": "sdseg masks", "started": "2026-01-31"}))
+    (run,) = find_runs(tmp_path / "out")
+    assert run.translations == []
+    assert len(run.masks) == 2
+    page = Page(write_report(tmp_path / "out"))
+    assert "2 masks; samples 2, steps 1, seed 3, threshold 0.5" in page.text
+    assert "Image 1, mask: polyp 1.3 ml" in page.text, "half of 216 voxels of 12 mm3"
+    assert "Image 2, mask: polyp 50.0 %ProbabilityAgreement of the samples" in page.text
+    assert len(page.all("img")) == 4, "of a volume one picture, of its slices"
+    assert "No images were generated" not in page.text
+    assert "No curves" not in page.text, "nobody expects curves of an inference"
+    assert "miller" not in page.source, "names of files can be identifiers"
+    assert "jones" not in page.source
+
+
+def test_masks_show_no_picture_of_another_folder(tmp_path: Path) -> None:
+    save_masks(tmp_path, num_samples=1)
+    sidecar = tmp_path / "out/sub-1/miller_mask.json"
+    content = json.loads(sidecar.read_text())
+    write_picture(tmp_path / "out/secret.png", gradient(0))
+    content["files"]["overlay"] = "../secret.png"
+    sidecar.write_text(json.dumps(content))
+    (run,) = find_runs(tmp_path / "out/sub-1")
+    assert [list(one.pictures) for one in run.masks] == [["probability"]]

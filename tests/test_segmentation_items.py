@@ -16,7 +16,7 @@ from PIL import Image
 from shared.datalist import load_datalist, write_datalist
 from shared.files import save_json
 from shared.latent_cache import LatentDataset
-from shared.segmentation_items import autoencoder_items, inference_items, training_items
+from shared.segmentation_items import autoencoder_items, class_names, inference_items, training_items
 from shared.transforms.in_plane import FlipByItemd, ResizeInPlaned
 from shared.transforms.masks import LoadMaskd, MaskToPictured
 from shared.transforms.segmentation_images import LoadPictured
@@ -244,3 +244,15 @@ def test_one_file_and_relative_paths(tmp_path, monkeypatch):
 def test_items_are_plain(volume):
     json.dumps(training_items([volume], num_classes=4))
     json.dumps(autoencoder_items([volume], num_classes=4))
+
+
+def test_class_names_come_from_the_data_list(tmp_path):
+    names = {"0": "background", "1": "spleen", "2": "liver"}
+    (tmp_path / "datalist.json").write_text(json.dumps({"labels": names, "test": []}))
+    assert class_names(tmp_path, 3) == names
+    assert class_names(tmp_path) is None  # a binary model on a set of several classes
+    assert class_names(tmp_path / "datalist.json", 3) is None  # one file, as inference takes it
+    (tmp_path / "datalist.json").write_text(json.dumps({"labels": {"0": "background", "1": "polyp"}, "test": []}))
+    assert class_names(tmp_path) == {"0": "background", "1": "polyp"}
+    (tmp_path / "datalist.json").write_text(json.dumps({"test": []}))
+    assert class_names(tmp_path, 3) is None

@@ -100,6 +100,7 @@ def _contents(run: Run) -> str:
         "evaluation" if run.evaluation is not None else "",
         f"{len(run.samples)} generated images" if run.samples else "",
         f"{len(run.translations)} translated volumes" if run.translations else "",
+        f"{len(run.masks)} masks" if run.masks else "",
     ]
     return ", ".join(part for part in parts if part) or "manifest"
 
@@ -108,8 +109,8 @@ def _missing_everywhere(runs: Sequence[Run]) -> list[Element]:
     notes = []
     if all(run.evaluation is None for run in runs):
         notes.append("No evaluation was run: there is no evaluation/summary.json, so no measured quality is reported.")
-    if not any(run.samples or run.translations for run in runs):
-        notes.append("No images were generated: there are neither pictures from prompts nor translated volumes.")
+    if not any(run.samples or run.translations or run.masks for run in runs):
+        notes.append("No images were generated: there are no pictures from prompts, translated volumes or masks.")
     return [missing(note) for note in notes]
 
 

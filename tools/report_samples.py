@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the report shows of generated images: pictures drawn from prompts, and translated volumes."""
+"""What the report shows of generated images: pictures drawn from prompts, translated volumes, and masks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 from tools.report_data import Sample, Translation
 from tools.report_html import Element, element, figure, missing, number
+from tools.report_masks import Mask
 
-_MAX_PROMPTS, _MAX_SEEDS, _MAX_VOLUMES = 16, 8, 8
+_MAX_PROMPTS, _MAX_SEEDS, _MAX_VOLUMES, _MAX_MASKS = 16, 8, 8, 8
 _SAMPLE_PIXELS = 512
 _SETTING_WORDS = {
     "guidance_scale": "guidance",
@@ -77,6 +78,33 @@ def translations_of(translations: Sequence[Translation]) -> list[Element]:
             alt = f"One slice of a synthetic volume: {', '.join(panels) or 'picture'}"
             figures.append(figure(path, caption, alt=alt))
         parts.append(element("div", *figures, class_="pictures wide volumes"))
+    return parts
+
+
+def masks_of(masks: Sequence[Mask]) -> list[Element]:
+    """The pictures of each mask in a row, by settings. File names are not shown: they can be names of patients."""
+    groups: dict[str, list[Mask]] = {}
+    for one in masks:
+        groups.setdefault(_setting_text(one.settings), []).append(one)
+    parts = [element("h3", "Masks")]
+    for settings, members in groups.items():
+        shown = [one for one in members if one.pictures][:_MAX_MASKS]
+        count = f"{len(members)} {'mask' if len(members) == 1 else 'masks'}"
+        count += f", {len(shown)} shown" if len(shown) < len(members) else ""
+        parts.append(element("p", "; ".join(text for text in (count, settings) if text), class_="quiet small"))
+        if not shown:
+            parts.append(missing("No pictures were written."))
+        rows = []
+        for index, one in enumerate(shown, start=1):
+            sizes = ", ".join(one.sizes)
+            figures = []
+            for what, path in one.pictures.items():
+                first = f"Image {index}, {what}" + (f": {sizes}" if sizes else "")
+                caption = first if what == "mask" else what[:1].upper() + what[1:]
+                figures.append(figure(path, caption, alt=f"Image {index} with its predicted {what}"))
+            # of a volume there is one picture, of many slices
+            rows.append(element("div", *figures, class_="mask whole" if len(figures) == 1 else "mask"))
+        parts.append(element("div", *rows, class_="masks"))
     return parts
 
 

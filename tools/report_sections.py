@@ -11,7 +11,8 @@ from tools.report_chart import SMOOTH_FROM, WINDOW, Series, line_chart
 from tools.report_data import Run, Sample, Translation
 from tools.report_evaluation import evaluation_of
 from tools.report_html import Element, element, figure, missing, number, words
-from tools.report_samples import prompts_of, translations_of
+from tools.report_masks import Mask
+from tools.report_samples import masks_of, prompts_of, translations_of
 
 _MAX_PREVIEWS = 6
 _LAST_CURVES = ("learning_rate", "gradient_norm")
@@ -29,6 +30,8 @@ def section_of(run: Run, *, anchor: str) -> Element:
         section.extend(prompts_of(run.samples))
     if run.translations:
         section.extend(translations_of(run.translations))
+    if run.masks:
+        section.extend(masks_of(run.masks))
     if run.config is not None:
         text = json.dumps(run.config, indent=2, ensure_ascii=False)
         section.append(element("details", element("summary", "Configuration"), element("pre", element("code", text))))
@@ -40,8 +43,8 @@ def section_of(run: Run, *, anchor: str) -> Element:
 def _made_by(run: Run) -> list[Element]:
     if run.manifest is not None:
         facts = _facts(run.manifest)
-    elif run.samples or run.translations:
-        facts = _flat(_common_origin([*run.samples, *run.translations]))
+    elif run.samples or run.translations or run.masks:
+        facts = _flat(_common_origin([*run.samples, *run.translations, *run.masks]))
     else:
         facts = {}
     if not facts:
@@ -66,7 +69,7 @@ def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
     return facts | _flat({key: value for key, value in manifest.items() if key not in shown})
 
 
-def _common_origin(samples: Sequence[Sample | Translation]) -> dict[str, Any]:
+def _common_origin(samples: Sequence[Sample | Translation | Mask]) -> dict[str, Any]:
     """What all pictures say made them; a value on which they differ is left out."""
     first = samples[0].origin
     return {key: value for key, value in first.items() if all(one.origin.get(key) == value for one in samples)}
