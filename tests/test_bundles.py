@@ -300,6 +300,22 @@ def test_overlay_changes_what_is_there(path: Path):
     assert own - known == OVERLAY_IDS[label(path)]
 
 
+@pytest.mark.parametrize("path", [path for path in WORKFLOWS if path.stem == "tiny"], ids=label)
+def test_tiny_networks_take_from_the_configuration_what_the_shipped_ones_take(path: Path):
+    """A network that tests replace must not be the only one that is wired up."""
+    tiny = {name: value for name, value in read(path).items() if name.endswith("_def")}
+    assert tiny
+    faults = []
+    for other in (other for other in STANDALONE if other.parent == path.parent):
+        content = read(other)
+        for name in (name for name in tiny if name in content and tiny[name]["_target_"] == content[name]["_target_"]):
+            wired = {key: text for key, text in content[name].items() if str(text).startswith(("@", "$"))}
+            faults += [f"{other.name}: {name}#{key}" for key in wired if tiny[name].get(key) != wired[key]]
+            wired = {key: text for key, text in tiny[name].items() if str(text).startswith(("@", "$"))}
+            faults += [f"{other.name}: {name}#{key}" for key in wired if content[name].get(key) != wired[key]]
+    assert faults == []
+
+
 @pytest.mark.parametrize("path", [path for path in WORKFLOWS if path.stem.startswith("evaluate")], ids=label)
 def test_overlay_compares_with_the_network_that_was_trained(path: Path):
     """A definition in an overlay that its own configuration lacks comes from another stage."""

@@ -88,6 +88,11 @@ def test_settings_are_the_published_ones():
         **{"num_train_timesteps": 1000, "beta_start": 0.0015, "beta_end": 0.0155, "prediction_type": "epsilon"},
         "schedule": None,
     }
+    for name in ("train", "inference"):
+        given = SDSEG.config(name)["noise_scheduler"]
+        assert {key: given[key] for key in config["noise_schedule"]} == {
+            key: f"@noise_schedule#{key}" for key in config["noise_schedule"]
+        }
     assert config["lr_scheduler"]["start_factor"] == 1e-6
     assert config["vision_encoder_def"]["dropout"] == config["unet_def"]["dropout"] == 0.2
     inference = SDSEG.config("inference")
@@ -190,6 +195,8 @@ def test_main_stage_trains_unet_and_vision_encoder_alone(trained):
     run = trained / "runs/train"
     losses = [float(row[4]) for row in curve(run, "train", "loss")]
     assert losses[1] < losses[0]
+    highest = max(float(row[4]) for row in curve(run, "validation", "mean_dice"))
+    assert checkpoint["best"]["best"] == pytest.approx(highest, rel=1e-5)
     assert {row[3] for row in curve(run, "validation")} == {"mean_dice", "mean_iou"}
     assert {row[3] for row in curve(run, "train")} == {"loss", "learning_rate", "gradient_norm"}
     rates = [float(row[4]) for row in curve(run, "train", "learning_rate")]
@@ -294,25 +301,37 @@ def test_training_sees_latents_of_the_trained_encoder(phantoms, trained, tmp_pat
             torch.testing.assert_close(item["latent_log_variance"], 2 * sigma[0].log(), rtol=0, atol=1e-4)
 
 
+def dice_of(one: torch.Tensor, two: torch.Tensor) -> float:
+    total = (one.sum() + two.sum()).item()
+    return 2 * (one * two).sum().item() / total if total else 1.0
+
+
 def test_validation_measures_the_averaged_model_with_a_seed_for_each_image(phantoms, trained, tmp_path):
     """Dice of the released weights, anew: one step, threshold at one half."""
     with SDSEG.small("train", phantoms, options_of(trained, "train", tmp_path)) as workflow:
         content = workflow.parser.get_parsed_content
         model = content("network_def").eval()
         model.load_state_dict(weights(trained))
+        assert content("validate#inferer").num_inference_steps == 1
         dice, seeds = [], []
         for batch in content("validate#dataloader"):
             image, label, _, named = content("validate#prepare_batch")(batch, torch.device("cpu"))
             seeds += named["seeds"]
             mask = content("validate#inferer")(image, model, **named)[0, 0] > 0.5
-            total = mask.sum() + label.sum()
-            dice.append(2 * (mask * label[0, 0]).sum() / total if total else torch.tensor(1.0))
+            dice.append(dice_of(mask, label[0, 0]))
     assert len(set(seeds)) == len(seeds) == len(load_datalist(phantoms, "validation"))
     said = json.loads((trained / "models/model.json").read_text())["metric"]["mean_dice"]
-    assert torch.stack(dice).mean().item() == pytest.approx(said, abs=1e-3)
+    assert np.mean(dice) == pytest.approx(said, abs=1e-3)
 
 
-def test_baseline_trains(trained):
+def trained_baseline(phantoms: Path, trained: Path) -> torch.nn.Module:
+    with SDSEG.small("train_baseline", phantoms, {}) as workflow:
+        baseline = workflow.parser.get_parsed_content("network_def").eval()
+    baseline.load_state_dict(weights(trained, "stages/baseline"))
+    return baseline
+
+
+def test_baseline_trains(phantoms, trained):
     run = trained / "runs/train_baseline"
     assert {row[3] for row in curve(run, "validation")} == {"mean_dice", "mean_iou"}
     losses = [float(row[4]) for row in curve(run, "train", "loss")]
@@ -323,6 +342,12 @@ def test_baseline_trains(trained):
     assert changed(checkpoint["ema"], checkpoint["network"])
     averages = [torch.load(path, weights_only=True)["ema"] for path in sorted((run / "checkpoints").glob("*.pt"))]
     assert changed(*averages)
+    baseline, dice = trained_baseline(phantoms, trained), []
+    for item in load_datalist(phantoms, "validation"):
+        image, mask = read_pair({**item, "flip": 0})
+        with torch.no_grad():
+            dice.append(dice_of(baseline(image[None])[0] > 0, mask))
+    assert said["metric"]["mean_dice"] == pytest.approx(np.mean(dice), abs=1e-3)
 
 
 STAND_ALONE = [path.stem for path in STANDALONE if path.parents[1] == SDSEG.folder]
@@ -363,7 +388,8 @@ def test_vision_encoder_can_be_frozen(phantoms, trained, tmp_path):
     own, started = part(weights(tmp_path), "vision_encoder.encoder."), part(weights(trained), "autoencoder.encoder.")
     assert changed(own, started) == []
     checkpoint = torch.load(run / "checkpoints/checkpoint_epoch=1.pt", weights_only=True)
-    assert {key.split(".")[0] for key in checkpoint["network"]} == {"unet"}
+    (group,) = checkpoint["optimizer"]["param_groups"]
+    assert len(group["params"]) == len([key for key in checkpoint["network"] if key.startswith("unet.")])
 
 
 def test_latent_loss_can_be_left_out(phantoms, trained, tmp_path):
@@ -389,6 +415,13 @@ def test_training_goes_on_from_a_unet_and_from_a_model(phantoms, trained, tmp_pa
     train(phantoms, trained, tmp_path / "model", **model, **quiet)
     found, given = weights(tmp_path / "model"), weights(trained)
     assert all(torch.allclose(found[name], given[name], atol=1e-6) for name in given)
+
+
+def test_gradients_of_several_batches_are_summed_up_as_asked(phantoms, trained, tmp_path):
+    for stage, expected in (("train", 3), ("train_baseline", 1)):
+        options = options_of(trained, stage, tmp_path) | ({"accumulation_steps": 3} if stage == "train" else {})
+        with SDSEG.small(stage, phantoms, options) as workflow:
+            assert workflow.parser.get_parsed_content("train#trainer").accumulation_steps == expected
 
 
 def test_time_limit_ends_the_training_after_an_epoch(phantoms, trained, tmp_path):
@@ -474,9 +507,7 @@ def test_baseline_of_the_evaluation_is_the_trained_one(phantoms, trained, tmp_pa
     """Its Dice at the working size, by hand."""
     options = {"ckpt_dir": str(trained / "models"), "baseline_def": BASELINE, "num_samples": 1}
     SDSEG.execute("train evaluate", phantoms, output_dir=str(tmp_path), **options)
-    with SDSEG.small("train_baseline", phantoms, options_of(trained, "train_baseline", tmp_path)) as workflow:
-        baseline = workflow.parser.get_parsed_content("network_def").eval()
-    baseline.load_state_dict(weights(trained, "stages/baseline"))
+    baseline = trained_baseline(phantoms, trained)
     found = {
         line["name"]: float(line["dice"])
         for line in table(tmp_path / "evaluation/per_image.csv")
@@ -485,7 +516,5 @@ def test_baseline_of_the_evaluation_is_the_trained_one(phantoms, trained, tmp_pa
     for item in load_datalist(phantoms, "test"):
         image, mask = read_pair({**item, "flip": 0})
         with torch.no_grad():
-            predicted = baseline(image[None])[0] > 0
-        total = (predicted.sum() + mask.sum()).item()
-        expected = 2 * (predicted * mask).sum().item() / total if total else 1.0
+            expected = dice_of(baseline(image[None])[0] > 0, mask)
         assert found[Path(item["image"]).stem] == pytest.approx(expected, abs=1e-3)

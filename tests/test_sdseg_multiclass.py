@@ -87,6 +87,25 @@ def test_one_class_of_a_slice_is_an_item(abdomen, trained, tmp_path):
             assert item["class_id"] == wanted["class_id"]
 
 
+def test_autoencoder_sees_single_classes(abdomen, tmp_path):
+    options = SDSEG.folders(tmp_path, "train_autoencoder") | {"num_classes": 9, "flips": "none"}
+    with SDSEG.small("train_autoencoder", abdomen, options) as workflow:
+        for name in ("train", "validate"):
+            dataset = workflow.parser.get_parsed_content(f"{name}#dataset")
+            classes = [item.get("class_id") for item in dataset.data]
+            assert set(classes) == {None, *range(9)}
+            liver = dataset[classes.index(5)]["image"]
+            place = dataset.data[classes.index(5)]
+            every = next(
+                dataset[row]["image"]
+                for row, item in enumerate(dataset.data)
+                if (item["image"], item["slice"], item.get("class_id")) == (place["image"], place["slice"], 0)
+            )
+            assert liver.unique().tolist() == every.unique().tolist() == [0, 1]
+            assert (liver <= every).all()
+            assert liver.sum() < every.sum()
+
+
 def test_training_goes_on_from_a_binary_model(binary, trained):
     """All but the class embedding, which is new, was there."""
     model, start = weights(trained), weights(binary)
@@ -149,7 +168,8 @@ def test_evaluation_has_a_line_for_each_organ(abdomen, trained, tmp_path):
     options = {"ckpt_dir": str(trained / "models"), "baseline_def": BASELINE, "num_samples": 2, "num_classes": 9}
     names = {str(index): name for index, name in enumerate(["background", *ORGANS])}
     assert json.loads((abdomen / "datalist.json").read_text())["labels"] == names
-    SDSEG.execute("train evaluate", abdomen, output_dir=str(tmp_path), class_names=names, **options)
+    # The names are those of the data list.
+    SDSEG.execute("train evaluate", abdomen, output_dir=str(tmp_path), **options)
     rows = json.loads((tmp_path / "evaluation/summary.json").read_text())
     dice = [row for row in rows if row.get("measure") == "dice" and row.get("resolution") == "native"]
     for method in ("one sample", "mean of 2 samples", "mean training mask", "U-Net", "autoencoder's ceiling"):
