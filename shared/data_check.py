@@ -179,7 +179,10 @@ class _Checker:
         if key not in _LABELS:
             self.seen[file] = digest = sha256_of_file(file)
             self.hashes.setdefault(digest, {}).setdefault(section, str(file))
-        self.kinds.setdefault(key, {}).setdefault(_kind(file, shape), []).append(str(file))
+        # Where masks are drawn, grey pictures are repeated to three channels: they may stand beside colour ones.
+        any_picture = self.masks is not None and not file.name.lower().endswith(_VOLUMES)
+        kind = "a picture" if any_picture else _kind(file, shape)
+        self.kinds.setdefault(key, {}).setdefault(kind, []).append(str(file))
         return shape if all(shape) else None
 
     def check_item(self, where: str, section: str, item: Mapping[str, Any], common: Sequence[str]) -> None:

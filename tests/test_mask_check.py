@@ -108,3 +108,10 @@ def test_stated_classes(tmp_path, description, expected):
     (tmp_path / "datalist.json").write_text(json.dumps({**description, "training": []}))
     assert read_description(tmp_path) == description
     assert stated_classes(read_description(tmp_path)) == expected
+
+
+def test_grey_pictures_may_stand_beside_colour_ones(tmp_path):
+    folder = make(tmp_path, [mask(255)] * 3, num_classes=1)
+    with Image.open(folder / "0.png") as picture:
+        picture.convert("L").save(folder / "0.png")
+    assert check_dataset(folder).problems == []
