@@ -142,7 +142,6 @@ def test_outputs_are_those_of_diffusers():
 def test_the_published_size():
     with torch.device("meta"):
         network = FiLMUNet()
-        assert network(torch.empty(1, 8, 32, 48), torch.empty(1)).shape == (1, 4, 32, 48)
         with_labels = FiLMUNet(num_classes=9)
     count = sum(p.numel() for p in network.parameters())
     assert round(count / 1e6, 2) == 294.97  # log of the published training, spec sdseg 3.2
