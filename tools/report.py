@@ -19,7 +19,7 @@ from tools.report_data import Run, find_runs
 from tools.report_html import Element, element, missing, table, words
 from tools.report_sections import duration, section_of, title_of
 
-BANNER = "Synthetic images – research only, not for diagnosis"
+BANNER = "Synthetic images and masks, made by models – research only, not for diagnosis"
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -118,7 +118,7 @@ def _footer() -> Element:
     written = (
         f"Written {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC by python -m tools.report from the files of the runs."
     )
-    warning = "Generated images show no patient. They can be wrong in ways that look right."
+    warning = "Generated images show no patient; masks are a model's. Both can be wrong in ways that look right."
     return element("footer", element("p", f"{written} {warning}"))
 
 
