@@ -115,5 +115,6 @@ class NoiseAndLatentLoss(nn.Module):
             Scalar, averaged over all elements.
         """
         error = (predicted.float() - target["noise"].float()).abs().flatten(1).mean(dim=1)
-        weights = 1.0 + self.latent_weight * self.ratios.to(error.device)[target["timesteps"]]
+        self.ratios = self.ratios.to(error.device)  # once: nobody moves a loss
+        weights = 1.0 + self.latent_weight * self.ratios[target["timesteps"]]
         return (weights * error).mean()

@@ -47,7 +47,7 @@ def refuse_unknown() -> None:
     files: Any = arguments.get("config_file")
     parser = ConfigParser(ConfigParser.load_config_files(files))
     known = _RUNNER_NAMES | _tracking_names(arguments.get("tracking"))
-    unknown = [name for name in arguments if name not in known and not _is_defined(name, parser, arguments)]
+    unknown = [name for name in arguments if name not in known and not is_defined(name, parser, arguments)]
     if not unknown:
         return
     near = _nearest(unknown[0], {*parser.get(), *known}, parser)
@@ -94,7 +94,14 @@ def _tracking_names(tracking: Any) -> set[str]:
     return set((settings or ConfigParser.load_config_files(tracking)).get("configs", {}))
 
 
-def _is_defined(name: str, parser: ConfigParser, overrides: Collection[str]) -> bool:
+def is_defined(name: str, parser: ConfigParser, overrides: Collection[str] = ()) -> bool:
+    """Whether an override names something: an id, a new argument of a component, or a part of what is replaced too.
+
+    Args:
+        name: id as on the command line, without dashes and "+".
+        parser: the configuration.
+        overrides: names of all overrides.
+    """
     if name in parser:
         return True
     parent = name.replace("::", "#").rpartition("#")[0]

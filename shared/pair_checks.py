@@ -79,7 +79,7 @@ def check_same_grid(
     if (code := orientation_of(affine)) != (wanted_code := orientation_of(reference_affine)):
         raise ValueError(
             f"{path}: expected the orientation {wanted_code} of {reference}, but got {code}; "
-            "reorient it (python -m tools.prepare brain_pairs)"
+            "reorient it (python -m tools.prepare does)"
         )
     if got != wanted:
         raise ValueError(

@@ -13,6 +13,7 @@ from monai.utils import StrEnum, convert_to_dst_type
 from shared.distributed import unwrapped
 from shared.inferers import LatentSampler, chosen, listed_seeds, number
 from shared.networks.segmentation import probabilities
+from shared.segmentation_probability import mask_of
 
 
 class SampledOutput(StrEnum):
@@ -35,6 +36,7 @@ class SegmentationSampler(LatentSampler):
         batch_size: latents denoised at a time, ``None`` for all of an image or volume; the result does not depend on
             it.
         output: a ``SampledOutput``.
+        threshold: of the probability of one class, 0 to 1, where the agreement of samples is counted.
         options: see :class:`~shared.inferers.LatentSampler`; sample ``j`` of an image has the seed ``seed + j``.
     """
 
@@ -46,9 +48,11 @@ class SegmentationSampler(LatentSampler):
         share_noise: bool = True,
         batch_size: int | None = None,
         output: str = SampledOutput.MEAN,
+        threshold: float | str = 0.5,
         **options: Any,
     ) -> None:
         super().__init__(num_inference_steps=num_inference_steps, **options)
+        self.threshold = number("threshold", threshold, float, 0, 1)
         self.num_samples = number("num_samples", num_samples, int, 1, 10000)
         self.share_noise = chosen(share_noise)
         if not isinstance(self.share_noise, bool):
@@ -135,13 +139,19 @@ class SegmentationSampler(LatentSampler):
         if self.output == SampledOutput.SAMPLES:
             return samples.flatten(1, 2)
         mean = samples.mean(dim=1)
-        return mean if self.num_samples == 1 else torch.cat((mean, agreement(samples)), dim=1)
+        return mean if self.num_samples == 1 else torch.cat((mean, agreement(samples, threshold=self.threshold)), dim=1)
 
 
-def agreement(samples: torch.Tensor) -> torch.Tensor:
-    """Share of samples whose mask has the most frequent class: ``(S, K, N, H, W)`` to ``(S, 1, H, W)``."""
-    if samples.shape[2] == 1:
-        share = (samples > 0.5).float().mean(dim=1)
-        return torch.maximum(share, 1.0 - share)
-    votes = torch.nn.functional.one_hot(samples.argmax(dim=2), samples.shape[2])
+def agreement(samples: torch.Tensor, *, threshold: float = 0.5) -> torch.Tensor:
+    """Share of samples whose mask has the most frequent class.
+
+    Args:
+        samples: probabilities ``(S, K, N, H, W)`` of K samples.
+        threshold: see :func:`~shared.segmentation_probability.mask_of`.
+
+    Returns:
+        ``(S, 1, H, W)`` in (0, 1]; at least 0.5 for one class.
+    """
+    masks = mask_of(samples.movedim(2, 0), threshold=threshold).long()
+    votes = torch.nn.functional.one_hot(masks, max(samples.shape[2], 2))
     return votes.float().mean(dim=1).amax(dim=-1)[:, None]

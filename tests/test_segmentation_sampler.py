@@ -359,6 +359,16 @@ class TestSamples:
         assert result[:3, 0, 2].tolist() == pytest.approx([low, low, high], abs=1e-4)
         assert result[:3, 0, 1].tolist() == pytest.approx([1 / 3] * 3, abs=1e-4)
 
+    def test_agreement_is_that_of_the_masks_which_the_threshold_draws(self, model):
+        samples = torch.tensor([0.2, 0.4, 0.6, 0.8]).reshape(1, 4, 1, 1, 1)
+        assert agreement(samples, threshold=0.5).item() == 0.5
+        assert agreement(samples, threshold=0.3).item() == 0.75
+        image = pictures(1)
+        low = sampler(num_samples=4, threshold="0.05")(image, model)[:, 1]
+        assert not torch.equal(low, sampler(num_samples=4, threshold=0.5)(image, model)[:, 1])
+        with pytest.raises(ValueError, match="^threshold: expected a number from 0 to 1, got 1.5"):
+            sampler(threshold=1.5)
+
     def test_agreement_counts_masks_not_probabilities(self):
         samples = torch.tensor([0.5, 0.51, 0.49, 1.0]).view(1, 4, 1, 1, 1)
         assert agreement(samples).item() == 0.5

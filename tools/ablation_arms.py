@@ -12,6 +12,8 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
+from shared.overrides import is_defined
+
 LATENT_CHANNELS = "@autoencoder_def#latent_channels"
 
 
@@ -149,7 +151,7 @@ class BundleCommands:
                 raise ValueError(f"--{name}: expected an id that this command does not set itself; {how}.")
         parsers = [self._parser(names) for names in (["train", "evaluate"], ["train_baseline"])]
         for name in self.overrides:
-            if not any(_is_defined(name, parser) for parser in parsers):
+            if not any(is_defined(name.removeprefix("+"), parser) for parser in parsers):
                 ids = sorted({one for parser in parsers for one in parser.get()})
                 near = difflib.get_close_matches(name, ids, n=1)
                 hint = f"did you mean --{near[0]}?" if near else "look it up there."
@@ -170,7 +172,7 @@ class BundleCommands:
         """What follows `python -m`; `options` are overridden by the user's, those by nothing."""
         files = ",".join(f"'{file}'" for file in self.files(names))
         parser = self._parser(names)
-        given = {name: value for name, value in self.overrides.items() if _is_defined(name, parser)}
+        given = {name: value for name, value in self.overrides.items() if is_defined(name.removeprefix("+"), parser)}
         pairs = {**options, **given}
         start = ("monai.bundle", "run", run_id, f"--config_file=[{files}]")
         return (*start, *(f"--{name}={value}" for name, value in pairs.items()))
@@ -202,11 +204,3 @@ class BundleCommands:
 
     def _parser(self, names: Sequence[str]) -> ConfigParser:
         return ConfigParser(ConfigParser.load_config_files([str(path) for path in self.paths(names)]))
-
-
-def _is_defined(name: str, parser: ConfigParser) -> bool:
-    """Whether an id is in the configuration, or may be a new argument of a component that is."""
-    name = name.removeprefix("+").replace("::", "#")
-    parent = name.rpartition("#")[0]
-    content = parser.get(parent) if parent else None
-    return name in parser or (isinstance(content, dict) and "_target_" in content)

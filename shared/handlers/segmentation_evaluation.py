@@ -148,7 +148,7 @@ class SegmentationEvaluation:
         if self.stability is not None:
             values = self.stability(samples, working.to(device))
             self._results.stability.append({"name": target.name, "group": group, "samples": self.num_samples} | values)
-        self._results.cases.append(Case.of(target.name, image, working, samples[0]))
+        self._results.cases.append(Case.of(target.name, image, working, samples[0], threshold=self.threshold))
 
     def _checked(self, item: Mapping[str, Any], name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Image, label, and samples (K, N, h, w[, Z])."""

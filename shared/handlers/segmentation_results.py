@@ -20,6 +20,7 @@ from shared.metrics.stability import MEASURES
 from shared.pictures import INTENDED_USE, save_grid
 from shared.provenance import git_commit, software_versions
 from shared.segmentation_picture import comparison_row
+from shared.segmentation_probability import mask_of
 from shared.tables import summary_text, write_table
 
 logger = logging.getLogger(__name__)
@@ -37,10 +38,12 @@ class Case(NamedTuple):
     probability: torch.Tensor
 
     @classmethod
-    def of(cls, name: str, image: torch.Tensor, label: torch.Tensor, probability: torch.Tensor) -> Case:
+    def of(
+        cls, name: str, image: torch.Tensor, label: torch.Tensor, probability: torch.Tensor, *, threshold: float
+    ) -> Case:
         """A picture, or of a volume the slice with most foreground in truth and prediction together."""
         if label.ndim == 3:
-            found = probability[0] > 0.5 if len(probability) == 1 else probability.argmax(dim=0) > 0
+            found = mask_of(probability, threshold=threshold) > 0
             index = int(((label > 0).float() + found.cpu().float()).sum(dim=(0, 1)).argmax())
             image, label, probability = image[..., index], label[..., index], probability[..., index]
         bytes_ = [(255 * part.clamp(0, 1)).round().to("cpu", torch.uint8) for part in (image, probability)]
