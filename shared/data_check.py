@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from shared.datalist import FILE_NAME, PATH_KEYS, find_leaks, read_datalist, read_description
+from shared.dmri_check import diffusion_problems
 from shared.files import sha256_of_file
 from shared.mask_check import MaskCounts, stated_classes
 from shared.pair_checks import check_same_grid
@@ -23,7 +24,7 @@ from shared.transforms.pixels import read_pixels
 _VOLUMES = (".nii", ".nii.gz")
 _PICTURES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".tif", ".tiff", ".bmp")
 _LABELS = ("label", "mask")  # may be constant: no tumour, whole image
-_SAME_GRID = {"image": ("label",), "t1w": ("flair", "t2w", "pdw", "mask"), "dwi": ("mask",)}  # first key: reference
+_SAME_GRID = {"image": ("label",), "t1w": ("flair", "t2w", "pdw", "mask")}  # first key: reference
 
 
 @dataclass
@@ -203,6 +204,10 @@ class _Checker:
             for second in seconds:
                 for file, shape in grids.get(second, []) if first in grids else []:
                     self.check_pair(first, grids[first][0], file, shape)
+        if item.get("dwi"):
+            named = {problem.split(": expected")[0] for problem in self.result.problems}
+            found = diffusion_problems(item, self.folder, images=self.images)
+            self.result.problems.extend(line for line in found if line.split(": expected")[0] not in named)
 
     def check_pair(self, first: str, reference: tuple[Path, tuple[int, ...]], file: Path, shape: Sequence[int]) -> None:
         """Compare the grids of two files of an item: shapes, and for two volumes also affines."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,35 +13,53 @@ from monai.utils.enums import CommonKeys as Keys
 from torch import nn
 from torch.optim import Optimizer
 
-from shared.distributed import unwrapped
-from shared.losses import AutoencoderLoss
+from shared.distributed import mean_over_processes, unwrapped
+
+# Of the adaptive weight, as published with it.
+EPSILON = 1e-4
+MAX_ADAPTIVE_WEIGHT = 1e4
 
 
 class AutoencoderTrainer(SupervisedTrainer):
-    """Train a KL autoencoder, with a patch discriminator that joins late.
+    """Train an autoencoder, with a patch discriminator that joins late.
 
     ``monai.engines.AdversarialTrainer`` does not fit: it takes the network's output for an image, but ``AutoencoderKL``
-    returns (reconstruction, mean, sigma); it has neither a late start nor the terms of the loss by name; and federated
-    clients accept only a ``SupervisedTrainer``.
+    returns (reconstruction, mean, sigma) and a VQ-GAN its commitment loss and the use of its codes; it has neither a
+    late start nor the terms of the loss by name; and federated clients accept only a ``SupervisedTrainer``.
 
-    Generator: ``L = AutoencoderLoss + adversarial_weight * L_adv(D(reconstruction), real)``; discriminator:
-    ``adversarial_weight * (L_adv(D(reconstruction), fake) + L_adv(D(image), real)) / 2``. While the generator steps,
-    the discriminator takes no gradient. Before epoch ``adversarial_start`` the discriminator is neither called nor
-    trained.
+    Generator: ``L = L_rec + adversarial_weight * lambda * L_adv(D(reconstruction), real)``, with ``L_rec`` the total of
+    ``loss_function``; discriminator: ``adversarial_weight * (L_adv(D(reconstruction), fake) + L_adv(D(image), real))
+    / 2``. While the generator steps, the discriminator takes no gradient. Before epoch ``adversarial_start`` the
+    discriminator is neither called nor trained. The network runs once in each step, so that a codebook that moves in
+    its forward pass moves once.
+
+    ``lambda`` is 1, or with ``adaptive_weight_of`` the adaptive weight of VQGAN (arXiv:2012.09841, equation 7):
+    ``|grad L_rec| / (|grad L_adv| + 1e-4)``, at most 1e4, with both gradients those of the decoder's last layer. What
+    does not depend on that layer (divergence, commitment) has no part in them. Ranks average the gradients before the
+    norms are taken: all have the factor of the whole batch. It is no path for gradients, and
+    ``state.losses["adversarial_factor"]`` holds it.
 
     Gradients pass ``IterationEvents.BACKWARD_COMPLETED`` before each of the two steps, with ``engine.stepping`` naming
     the optimizer, so that one guard handler covers both.
 
     Args:
-        discriminator: returns the list of its layers' outputs, the decision last; ``None`` trains without one.
+        discriminator: returns the list of its layers' outputs, the decision last, which may itself be a list of
+            decisions where ``adversarial_loss`` takes one; ``None`` trains without a discriminator.
         discriminator_optimizer: optimizer of the discriminator alone.
-        adversarial_loss: ``monai.losses.PatchAdversarialLoss``.
+        adversarial_loss: ``monai.losses.PatchAdversarialLoss``, which averages over several decisions, or
+            ``shared.losses.HingeAdversarialLoss``, which adds them up.
         adversarial_weight: weight of both adversarial terms.
         adversarial_start: first epoch, counted from 1, in which the discriminator plays.
-        kwargs: arguments of ``SupervisedTrainer``; ``loss_function`` is an ``AutoencoderLoss``.
+        adaptive_weight_of: weight of the last layer of the network's decoder; ``None`` leaves ``lambda`` at 1.
+        kwargs: arguments of ``SupervisedTrainer``; ``network`` returns a tuple with the reconstruction first, and
+            ``loss_function`` takes it and the target to a dictionary of terms, one of them ``total``.
+
+    Raises:
+        ValueError: with ``accumulation_steps`` other than 1, with a discriminator that lacks optimizer or loss, and
+            where ``adaptive_weight_of`` is no parameter of the network or meets ``compile``.
     """
 
-    loss_function: AutoencoderLoss
+    loss_function: Callable[[Any, torch.Tensor], dict[str, torch.Tensor]]
 
     def __init__(
         self,
@@ -51,6 +69,7 @@ class AutoencoderTrainer(SupervisedTrainer):
         adversarial_loss: Any = None,
         adversarial_weight: float = 0.0,
         adversarial_start: int = 1,
+        adaptive_weight_of: nn.Parameter | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -61,11 +80,20 @@ class AutoencoderTrainer(SupervisedTrainer):
             )
         if discriminator is not None and (discriminator_optimizer is None or adversarial_loss is None):
             raise ValueError("discriminator: expected discriminator_optimizer and adversarial_loss with it; give both.")
+        if adaptive_weight_of is not None and all(p is not adaptive_weight_of for p in self.network.parameters()):
+            raise ValueError(
+                f"adaptive_weight_of: expected a parameter of the network that is trained, got one of shape "
+                f"{tuple(adaptive_weight_of.shape)} that is not among them; refer to network_def, not to a copy of it."
+            )
+        if adaptive_weight_of is not None and self.compile:
+            # Compiled, the gradients of one layer cost a pass through the whole network, which frees its buffers.
+            raise ValueError("compile: expected False where adaptive_weight_of is given, got True; set it to False.")
         self.discriminator = discriminator
         self.discriminator_optimizer = discriminator_optimizer
         self.adversarial_loss = adversarial_loss
         self.adversarial_weight = adversarial_weight
         self.adversarial_start = adversarial_start
+        self.adaptive_weight_of = adaptive_weight_of
         self.stepping: Optimizer = self.optimizer
 
     def _iteration(self, engine: Any, batchdata: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +108,12 @@ class AutoencoderTrainer(SupervisedTrainer):
             total = terms.pop("total")
             if adversarial:
                 terms["generator"] = self._generator_loss(output[0])
-                total = total + self.adversarial_weight * terms["generator"]
+        if adversarial:
+            weight: torch.Tensor | float = self.adversarial_weight
+            if self.adaptive_weight_of is not None:
+                terms["adversarial_factor"] = self._adaptive_weight(total, terms["generator"])
+                weight = weight * terms["adversarial_factor"]
+            total = total + weight * terms["generator"]
         self.state.losses = terms
         self.state.output = {Keys.IMAGE: image, Keys.LABEL: target, Keys.PRED: output[0], Keys.LOSS: total}
         self.fire_event(IterationEvents.FORWARD_COMPLETED)
@@ -100,6 +133,19 @@ class AutoencoderTrainer(SupervisedTrainer):
         # Without the wrapper of DistributedDataParallel, which would wait for gradients of its own.
         decision = unwrapped(self.discriminator)(reconstruction)[-1]
         return self.adversarial_loss(decision, target_is_real=True, for_discriminator=False)
+
+    def _adaptive_weight(self, reconstruction: torch.Tensor, generator: torch.Tensor) -> torch.Tensor:
+        assert self.adaptive_weight_of is not None
+        scale = reconstruction.new_ones(())
+        if self.amp and self.scaler is not None:
+            # As in the backward pass, lest gradients of half precision vanish. The ratio does not depend on it.
+            scale = self.scaler.scale(scale)
+        gradients = [
+            torch.autograd.grad(scale * loss, self.adaptive_weight_of, retain_graph=True)[0].float() / scale
+            for loss in (reconstruction, generator)
+        ]
+        norms = mean_over_processes(torch.stack(gradients)).flatten(1).norm(dim=1)
+        return (norms[0] / (norms[1] + EPSILON)).clamp(0.0, MAX_ADAPTIVE_WEIGHT)
 
     def _step_discriminator(self, reconstruction: torch.Tensor, image: torch.Tensor) -> None:
         assert self.discriminator is not None

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from monai.data import DataLoader, Dataset, list_data_collate
 from torch import nn
 from tqdm import tqdm
 
+from shared.cache_keys import describe, file_signature
 from shared.distributed import from_main_process, is_main_process
 from shared.files import atomic_path, save_json, sha256_of_state
 
@@ -39,7 +40,7 @@ class LatentDataset(Dataset):
         transform: applied to the item, e.g. text to ``tokens``; with a cache it finds the image as a path, by which its
             errors name the item, and the path is removed afterwards.
         image_transform: deterministic transforms from the item to ``encoded_key``, ``(C, H, W)`` in [0, 1].
-        autoencoder: frozen, with ``encode(x) -> (mean, sigma)``.
+        autoencoder: frozen, with ``encode(x) -> (mean, sigma)``, or ``encode(x) -> z``, one latent without a draw.
         cache_dir: folder of the cache; ``None`` or "" (MONAI's command line drops ``None``) leaves ``encoded_key`` in
             the items (random image transforms are then possible, and the encoder runs in every step).
         device: where the encoder runs.
@@ -47,9 +48,10 @@ class LatentDataset(Dataset):
         num_workers: processes that load images while the cache is made.
         image_keys: what ``image_transform`` needs of an item: the key of the path, then e.g. that of a slice's number.
         encoded_key: what ``image_transform`` makes and the autoencoder encodes.
+        path_keys: which of ``image_keys`` hold paths, where that is not the first alone.
 
-    Items then hold ``latent_mean`` and ``latent_log_variance`` ``(C, h, w)`` float32, ``item_id`` and the transform's
-    keys.
+    Items then hold ``latent_mean`` and ``latent_log_variance`` ``(C, h, w)``, of volumes ``(C, d, h, w)``, float32 (the
+    mean alone where ``encode`` gives one latent), ``item_id`` and the transform's keys.
     """
 
     def __init__(
@@ -65,9 +67,15 @@ class LatentDataset(Dataset):
         num_workers: int = 0,
         image_keys: Sequence[str] = ("image",),
         encoded_key: str = "image",
+        path_keys: Sequence[str] | None = None,
     ) -> None:
         super().__init__(data=data, transform=transform)
         self.image_keys = tuple(image_keys)
+        self.path_keys = self.image_keys[:1] if path_keys is None else tuple(path_keys)
+        if not {*self.path_keys} <= {*self.image_keys}:
+            raise ValueError(
+                f"path_keys: expected keys of image_keys {list(self.image_keys)}, got {list(self.path_keys)}; add them."
+            )
         self.encoded_key = encoded_key
         self.image_transform = image_transform
         self.cache_path: Path | None = None
@@ -82,20 +90,19 @@ class LatentDataset(Dataset):
         # Workers reopen the memory map instead of copying it, and encode nothing.
         return {**self.__dict__, "_posterior": None, "_encode": None}
 
-    def posterior(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and log-variance ``(C, h, w)`` of one item, on the CPU; encoded anew where there is no cache."""
+    def posterior(self, index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Mean and log-variance ``(C, h, w)`` of one item, on the CPU; encoded anew where there is no cache. The
+        log-variance of a latent that is not drawn is ``None``."""
         if self.cache_path is None:
             image = self.image_transform(self._source(self.data[index]))[self.encoded_key]
-            mean, log_variance = torch.from_numpy(self._encode(image[None])[0])
-            return mean, log_variance
+            return _as_posterior(self._encode(image[None])[0])
         if self._posterior is None:
             self._posterior = np.load(self.cache_path, mmap_mode="r")
-        mean, log_variance = torch.from_numpy(np.array(self._posterior[index]))
-        return mean, log_variance
+        return _as_posterior(np.array(self._posterior[index]))
 
     def _prepared_cache(self, folder: Path, batch_size: int, num_workers: int) -> Path:
         sources = [self._source(item) for item in self.data]
-        key = _cache_key(sources, self.image_keys[0], self.image_transform, self._encode.autoencoder)
+        key = _cache_key(sources, self.path_keys, self.image_transform, self._encode.autoencoder)
         path = folder / f"latents_{key}.npy"
         images = Dataset(data=sources, transform=_Encoded(self.image_transform, self.encoded_key))
         if not _is_usable(path, images, self._encode):
@@ -110,12 +117,16 @@ class LatentDataset(Dataset):
         if self.cache_path is None:
             item = self.image_transform(item)
         else:
-            item["latent_mean"], item["latent_log_variance"] = self.posterior(index)
+            mean, log_variance = self.posterior(index)
+            item["latent_mean"] = mean
+            if log_variance is not None:
+                item["latent_log_variance"] = log_variance
         item["item_id"] = str(index)
         if self.transform is not None:
             item = self.transform(item)
         if self.cache_path is not None:
-            item.pop(self.image_keys[0], None)
+            for key in self.path_keys:
+                item.pop(key, None)
         return item
 
 
@@ -147,14 +158,14 @@ def measure_scale_factor(dataset: LatentDataset, max_items: int = 4096) -> float
     Raises:
         ValueError: when the standard deviation is zero or not finite.
     """
-    indices = np.unique(np.linspace(0, len(dataset) - 1, min(max_items, len(dataset))).round().astype(int))
     count, total, total_square, total_variance = 0, 0.0, 0.0, 0.0
-    for index in indices:
-        mean, log_variance = (part.double() for part in dataset.posterior(int(index)))
+    for index in _evenly_spaced(len(dataset), max_items):
+        mean, log_variance = dataset.posterior(index)
         count += mean.numel()
-        total += mean.sum().item()
-        total_square += mean.square().sum().item()
-        total_variance += log_variance.exp().sum().item()
+        total += mean.double().sum().item()
+        total_square += mean.double().square().sum().item()
+        if log_variance is not None:
+            total_variance += log_variance.double().exp().sum().item()
     variance = total_square / count - (total / count) ** 2 + total_variance / count
     if not np.isfinite(variance) or variance <= 0:
         raise ValueError(
@@ -164,8 +175,56 @@ def measure_scale_factor(dataset: LatentDataset, max_items: int = 4096) -> float
     return float(variance**-0.5)
 
 
+def latent_statistics(dataset: LatentDataset, max_items: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation ``(C,)`` float32 of each channel of sampled latents over up to ``max_items`` evenly
+    spaced items, by which latents are scaled to zero mean and unit variance.
+
+    Of latents, not of the codebook's entries, as published for a VQ-GAN: the diffusion model sees what the encoder
+    gives, and codes that are never chosen would count as much as the others. As in ``measure_scale_factor`` no draw is
+    needed. Sums are of float64, relative to the first item's mean.
+
+    Raises:
+        ValueError: when a channel's standard deviation is zero or not finite.
+    """
+    count, shift = 0, None
+    for index in _evenly_spaced(len(dataset), max_items):
+        mean, log_variance = dataset.posterior(index)
+        values = mean.double().flatten(1)
+        if shift is None:
+            shift = values.mean(dim=1, keepdim=True)
+            total, total_square = torch.zeros(2, len(values), dtype=torch.float64)
+        count += values.shape[1]
+        total += (values - shift).sum(dim=1)
+        total_square += (values - shift).square().sum(dim=1)
+        if log_variance is not None:
+            total_square += log_variance.double().exp().flatten(1).sum(dim=1)
+    if shift is None:
+        raise ValueError(f"{dataset.cache_path or 'latents'}: expected at least one item, got an empty list.")
+    variance = total_square / count - (total / count).square()
+    # Of a constant channel rounding leaves less than this.
+    constant = ~(variance > 1e-12 * shift[:, 0].square())
+    if constant.any() or not variance.isfinite().all():
+        bad = (constant | ~variance.isfinite()).nonzero()[:, 0].tolist()
+        raise ValueError(
+            f"{dataset.cache_path or 'latents'}: expected latents that vary, with finite values, in each of "
+            f"{len(variance)} channels, got the variance {variance[bad[0]].item()} in channel {bad[0]} "
+            f"({len(bad)} such channels); train the autoencoder first or delete the file so that it is made again."
+        )
+    return (shift[:, 0] + total / count).float(), variance.sqrt().float()
+
+
+def _evenly_spaced(length: int, count: int) -> list[int]:
+    return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(int)).tolist()
+
+
+def _as_posterior(stored: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
+    parts = torch.from_numpy(stored)
+    return parts[0], parts[1] if len(parts) == 2 else None
+
+
 class _Encoder:
-    """Images ``(B, 1, H, W)`` to posteriors ``(B, 2, C, h, w)`` on the CPU, in float32."""
+    """Images ``(B, 1, H, W)`` to posteriors ``(B, 2, C, h, w)`` on the CPU, in float32; ``(B, 1, C, h, w)`` where the
+    autoencoder gives one latent, not a mean and a sigma."""
 
     def __init__(self, autoencoder: Any, device: torch.device) -> None:
         self.autoencoder, self.device = autoencoder, device
@@ -173,7 +232,10 @@ class _Encoder:
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> np.ndarray:
         parameter = next(self.autoencoder.parameters())
-        mean, sigma = self.autoencoder.encode(torch.as_tensor(images, dtype=parameter.dtype, device=parameter.device))
+        encoded = self.autoencoder.encode(torch.as_tensor(images, dtype=parameter.dtype, device=parameter.device))
+        if isinstance(encoded, torch.Tensor):
+            return encoded.float()[:, None].cpu().numpy()
+        mean, sigma = encoded
         return torch.stack((mean.float(), 2.0 * sigma.float().log()), dim=1).cpu().numpy()
 
 
@@ -237,27 +299,12 @@ def _is_usable(path: Path, images: Dataset, encode: _Encoder) -> bool:
 
 
 def _cache_key(
-    sources: Sequence[Mapping[str, Any]], path_key: str, image_transform: Callable, autoencoder: nn.Module
+    sources: Sequence[Mapping[str, Any]], path_keys: Sequence[str], image_transform: Callable, autoencoder: nn.Module
 ) -> str:
     digest = hashlib.sha256(sha256_of_state(autoencoder.state_dict()).encode())
-    digest.update(json.dumps(_describe(image_transform), sort_keys=True).encode())
+    digest.update(json.dumps(describe(image_transform), sort_keys=True).encode())
     for source in sources:
-        path = Path(source[path_key])
-        status = path.stat()
-        rest = "".join(f" {key}={value}" for key, value in source.items() if key != path_key)
-        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}{rest}".encode())
+        files = " ".join(file_signature(source[key]) for key in path_keys if key in source)
+        rest = "".join(f" {key}={value}" for key, value in source.items() if key not in path_keys)
+        digest.update(f"{files}{rest}".encode())
     return digest.hexdigest()[:16]
-
-
-def _describe(component: Any, depth: int = 4) -> Any:
-    """Class names and plain attributes of nested transforms: equal settings, equal descriptions."""
-    if isinstance(component, (str, int, float, bool, type(None))):
-        return component
-    if isinstance(component, Mapping):
-        return {str(key): _describe(value, depth - 1) for key, value in component.items()}
-    if isinstance(component, (list, tuple)):
-        return [_describe(value, depth - 1) for value in component]
-    name = f"{type(component).__module__}.{type(component).__qualname__}"
-    attributes = vars(component) if depth > 0 and hasattr(component, "__dict__") else {}
-    described = {key: _describe(value, depth - 1) for key, value in attributes.items() if isinstance(key, Hashable)}
-    return [name, described]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loss terms of the autoencoders and of latent estimation."""
+"""Loss terms of the autoencoders, their discriminators and of latent estimation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from monai.networks.schedulers import Scheduler
@@ -80,6 +80,90 @@ class AutoencoderLoss(nn.Module):
             total = total + self.perceptual_weight * terms["perceptual"]
         terms["total"] = total
         return terms
+
+
+class VectorQuantizedLoss(nn.Module):
+    """Reconstruction and commitment term of a VQ-GAN (arXiv:2012.09841, equation 4).
+
+    ``total = w * L1 + commitment``. The codes themselves have no term: exponential averages move them. MONAI core has
+    the quantiser but no loss that takes the output of a network with one; terms come back by name as those of
+    :class:`AutoencoderLoss` do.
+
+    Args:
+        reconstruction_weight: ``w``; 4 is published.
+        reconstruction: voxel term, mean absolute error by default.
+    """
+
+    def __init__(self, *, reconstruction_weight: float = 4.0, reconstruction: nn.Module | None = None) -> None:
+        super().__init__()
+        self.reconstruction_weight = reconstruction_weight
+        self.reconstruction = reconstruction or nn.L1Loss()
+
+    def forward(
+        self, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], target: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Compute the terms in float32.
+
+        Args:
+            output: of ``VQAutoencoder``: reconstruction ``(B, C, X, Y, Z)``, then scalars: commitment loss with its
+                weight (0.25) in it, perplexity of the codes in this batch (1 to their number), share of codes used
+                ([0, 1]).
+            target: ``(B, C, X, Y, Z)`` in [0, 1].
+
+        Returns:
+            Scalars ``reconstruction`` (unweighted), ``commitment`` (as it came), ``total``, and, as figures that are no
+            part of it and pass no gradient, ``perplexity`` and ``usage``.
+        """
+        reconstructed, commitment, perplexity, usage = output
+        terms = {
+            "reconstruction": self.reconstruction(reconstructed.float(), target.float()),
+            "commitment": commitment.float(),
+            "perplexity": perplexity.detach().float(),
+            "usage": usage.detach().float(),
+        }
+        terms["total"] = self.reconstruction_weight * terms["reconstruction"] + terms["commitment"]
+        return terms
+
+
+class HingeAdversarialLoss(nn.Module):
+    """Hinge loss of a discriminator, summed over its decisions (arXiv:1705.02894).
+
+    Real ``mean(relu(1 - D))``, fake ``mean(relu(1 + D))``, generator ``-mean(D)``; a discriminator that returns several
+    decisions, as one of slices and one of volumes, has the sum over them, each with weight 1.
+
+    ``monai.losses.PatchAdversarialLoss(criterion="hinge")`` does not fit: it sends the decisions through ``tanh``
+    first, which no published hinge loss does and which keeps them within the margin for ever, gives the generator
+    ``mean(relu(1 - D))``, and averages over decisions by default. The call is the same.
+    """
+
+    def forward(
+        self, decision: torch.Tensor | Sequence[torch.Tensor], target_is_real: bool, for_discriminator: bool
+    ) -> torch.Tensor:
+        """Compute the loss in float32.
+
+        Args:
+            decision: raw scores of any shape, or several of them.
+            target_is_real: whether real images were judged; true for the generator, which wants to pass for real.
+            for_discriminator: whether the discriminator learns from it, or else the generator.
+
+        Returns:
+            Scalar.
+
+        Raises:
+            ValueError: for a generator that is to look fake, or no decision at all.
+        """
+        if not for_discriminator and not target_is_real:
+            raise ValueError("target_is_real: expected True where for_discriminator is False, got False; set it.")
+        decisions = [decision] if isinstance(decision, torch.Tensor) else list(decision)
+        if not decisions:
+            raise ValueError("decision: expected a tensor or some of them, got an empty list; check the discriminator.")
+        return torch.stack([self._one(scores.float(), target_is_real, for_discriminator) for scores in decisions]).sum()
+
+    @staticmethod
+    def _one(scores: torch.Tensor, target_is_real: bool, for_discriminator: bool) -> torch.Tensor:
+        if not for_discriminator:
+            return -scores.mean()
+        return torch.relu(1.0 - scores if target_is_real else 1.0 + scores).mean()
 
 
 class NoiseAndLatentLoss(nn.Module):

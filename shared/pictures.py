@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from shared.files import atomic_path, sha256_of_file
@@ -88,6 +88,16 @@ def arrange(images: torch.Tensor, *, columns: int = 8, gap: int = 2) -> torch.Te
         top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
         grid[:, top : top + height, left : left + width] = image
     return grid
+
+
+def caption(text: str, width: int) -> torch.Tensor:
+    """``(3, 20, width)`` on the CPU: ``text`` black on white, as large as fits, at most 16 pixels."""
+    size = 16
+    while size > 4 and ImageFont.load_default(size).getlength(text) > width - 4:
+        size -= 1
+    strip = Image.new("L", (width, 20), 255)
+    ImageDraw.Draw(strip).text((width / 2, 10), text, fill=0, font=ImageFont.load_default(size), anchor="mm")
+    return (torch.tensor(np.asarray(strip))[None] / 255).expand(3, -1, -1)
 
 
 def spread_indices(length: int, count: int) -> list[int]:

@@ -53,11 +53,15 @@ class LatentDiffusionBatch(PrepareBatch):
         """Returns noisy latents ``(B, C, h, w)``, the target, ``()``, and timesteps ``(B,)`` with the extra inputs."""
         mean, log_variance = self._posterior(batchdata, device, non_blocking)
         posterior_noise, noise, timesteps = self._draw(mean, batchdata)
-        latents = sample_posterior(mean, log_variance, posterior_noise) * self.model.scale_factor
+        latents = self.scaled(mean if log_variance is None else sample_posterior(mean, log_variance, posterior_noise))
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         target = prediction_target(self.scheduler, latents, noise, timesteps)
         extra = self.extra_inputs(batchdata, device, non_blocking)
         return noisy, target, (), {"timesteps": timesteps, **extra}
+
+    def scaled(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as the diffusion model sees them: with a standard deviation of about 1."""
+        return latents * self.model.scale_factor
 
     def extra_inputs(
         self, batchdata: Mapping[str, Any], device: torch.device, non_blocking: bool
@@ -67,15 +71,20 @@ class LatentDiffusionBatch(PrepareBatch):
 
     def _posterior(
         self, batchdata: Mapping[str, Any], device: torch.device, non_blocking: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Mean and log-variance of the latents; ``None`` for the variance of an autoencoder without a posterior."""
         if "latent_mean" in batchdata:
-            names = ("latent_mean", "latent_log_variance")
-            mean, log_variance = (batchdata[name].to(device, non_blocking=non_blocking) for name in names)
-            return mean, log_variance
+            mean = batchdata["latent_mean"].to(device, non_blocking=non_blocking)
+            if "latent_log_variance" not in batchdata:
+                return mean, None
+            return mean, batchdata["latent_log_variance"].to(device, non_blocking=non_blocking)
         with torch.no_grad():
             images = batchdata[self.encoded_key].to(device, non_blocking=non_blocking)
             # Plain, as cached latents are: a MetaTensor would stay one through every layer of the network.
-            mean, sigma = self.model.autoencoder.encode(images.as_subclass(torch.Tensor))
+            encoded = self.model.autoencoder.encode(images.as_subclass(torch.Tensor))
+        if isinstance(encoded, torch.Tensor):
+            return encoded, None
+        mean, sigma = encoded
         return mean, 2.0 * sigma.log()
 
     def _draw(

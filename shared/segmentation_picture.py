@@ -5,12 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch.nn.functional import interpolate, max_pool2d, pad
 
-from shared.pictures import arrange, spread_indices
+from shared.pictures import arrange, caption, spread_indices
 from shared.segmentation_probability import chosen_probability, mask_of
 
 # 14 of the 15 colours that Martin Krzywinski chose to be told apart with colour-blind eyes (black is left out);
@@ -102,7 +100,7 @@ def comparison_row(
     if agreement is not None:
         panels["agreement"] = heat_map(2 * _plain(agreement).float() - 1)
     if captions:
-        panels = {name: torch.cat((_caption(name, panel.shape[2]), panel), dim=1) for name, panel in panels.items()}
+        panels = {name: torch.cat((caption(name, panel.shape[2]), panel), dim=1) for name, panel in panels.items()}
     return arrange(torch.stack(list(panels.values())), columns=len(panels))
 
 
@@ -157,13 +155,3 @@ def _as_colour(image: torch.Tensor) -> torch.Tensor:
     if values.ndim != 3 or values.shape[0] not in (1, 3):
         raise ValueError(f"image: expected (1 or 3, H, W), got {tuple(values.shape)}.")
     return values.expand(3, -1, -1)
-
-
-def _caption(text: str, width: int) -> torch.Tensor:
-    """``(3, h, width)``: black on white, as large as fits, at most 16 pixels."""
-    size = 16
-    while size > 4 and ImageFont.load_default(size).getlength(text) > width - 4:
-        size -= 1
-    strip = Image.new("L", (width, 20), 255)
-    ImageDraw.Draw(strip).text((width / 2, 10), text, fill=0, font=ImageFont.load_default(size), anchor="mm")
-    return (torch.tensor(np.asarray(strip))[None] / 255).expand(3, -1, -1)

@@ -59,3 +59,28 @@ def check_sizes(
             f"ms_ssim_kernel_size: expected at most {largest - 1 + largest % 2} for image_size {list(image_size)}, "
             f"got {ms_ssim_kernel_size}: at the smallest of 5 scales the window must fit into the image."
         )
+
+
+def check_patch(patch_size: Sequence[int], *, stride: Sequence[int], unet_channels: Sequence[int] = ()) -> None:
+    """Stop before any work is done when patches leave gaps or do not survive the U-Net's down- and upsampling.
+
+    Args:
+        patch_size: three sides in voxels of the low-resolution grid, which is that of the latents.
+        stride: three distances from patch to patch.
+        unet_channels: channels of each U-Net level, each but the last halves the patch; empty without a U-Net.
+
+    Raises:
+        ValueError: the message starts with the key and names a legal value.
+    """
+    step = 2 ** max(len(unet_channels) - 1, 0)
+    if len(patch_size) != 3 or any(side < step or side % step for side in patch_size):
+        nearest = [max(step, round(side / step) * step) for side in patch_size]
+        raise ValueError(
+            f"patch_size: expected three multiples of {step}, because the U-Net halves the patch "
+            f"{step.bit_length() - 1} times, got {list(patch_size)}; the nearest is {nearest}."
+        )
+    if len(stride) != 3 or any(not 1 <= step <= side for step, side in zip(stride, patch_size, strict=True)):
+        raise ValueError(
+            f"patch_stride: expected three numbers from 1 to the side of the patch {list(patch_size)}, got "
+            f"{list(stride)}; larger ones leave voxels out."
+        )

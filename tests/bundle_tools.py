@@ -17,7 +17,7 @@ from monai.bundle import ComponentLocator, ConfigParser
 from tests.conftest import ROOT
 
 MAX_EXPRESSION = 80
-OVERLAYS = ("tiny", "evaluate", "evaluate_diffusion", "multi_gpu_train")
+OVERLAYS = ("tiny", "evaluate", "evaluate_diffusion", "multi_gpu_train", "directions")
 CONFIGS = sorted(ROOT.glob("bundles/*/configs/*.json"))
 WORKFLOWS = [path for path in CONFIGS if path.stem != "metadata"]
 STANDALONE = [path for path in WORKFLOWS if path.stem not in OVERLAYS]
@@ -45,8 +45,9 @@ FORWARDED = {
     "monai.networks.schedulers.scheduler.Scheduler": {"beta_start", "beta_end"},
     "shared.metrics.measures.ReconstructionMsssim": {"kernel_size"},
     "shared.metrics.measures._Diversity": {"kernel_size"},
-    # Settings that are stated beside a mask.
+    # Settings that are stated beside a result.
     "shared.transforms.mask_saving.SaveSegmentationd": {"seed", "num_inference_steps"},
+    "shared.transforms.noddi_saving.SaveNoddiMapsd": {"seed", "num_samples", "num_inference_steps", "deterministic"},
 }
 
 _REFERENCE = re.compile(r"@((?:[A-Za-z_]\w*)(?:#\w+)*)")

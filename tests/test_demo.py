@@ -31,8 +31,10 @@ STAGES = {
     "cxr_ldm": ["train_autoencoder", "train"],
     "brain_controlnet": ["train_autoencoder", "train_diffusion", "train"],
     "sdseg": ["train_autoencoder", "train"],
+    "dmri2noddi": ["train_vqgan", "train_encoder", "train"],
 }
-COUNTS = {"cxr_ldm": "n", "brain_controlnet": "n", "sdseg": "num_images"}
+INFERENCES = {"dmri2noddi": 2}  # without and with diffusion
+COUNTS = {"cxr_ldm": "n", "brain_controlnet": "n", "sdseg": "num_images", "dmri2noddi": "num_subjects"}
 TOOLS: dict[str, Callable[[list[str]], tuple[Callable[..., Any], list[str]]]] = {
     "tools.phantoms": lambda words: (PHANTOMS[words[0]], words[1:]),
     "tools.prepare": lambda words: (PREPARATIONS[words[0]], words[1:]),
@@ -116,7 +118,8 @@ def test_shipped_weights_come_before_trainings(bundle, calls, tmp_path):
     assert calls.modules()[0] == "tools.phantoms"
     assert calls.modules()[-1] == "tools.report"
     used = [configs(call.words)[:-1] for call in calls.bundle()]
-    assert used == [["inference"], ["train", "evaluate"], *([stage] for stage in STAGES[bundle])]
+    maps = [["inference"]] * INFERENCES.get(bundle, 1)
+    assert used == [*maps, ["train", "evaluate"], *([stage] for stage in STAGES[bundle])]
     for call in calls:
         assert all(path.startswith(str(tmp_path)) for path in folders(call.words))
     for call in calls.bundle():
@@ -147,12 +150,26 @@ def test_pictures_are_segmented_and_measured_that_the_demo_weights_never_saw(cal
     assert int(option(inference, "num_samples") or 0) > 1, "a map of agreement needs several samples"
 
 
+def test_noddi_maps_come_without_and_with_diffusion(calls, tmp_path):
+    demo("dmri2noddi", str(tmp_path))
+    phantoms, fast, sampled, evaluation = (call.words for call in calls[:4])
+    places = {option(words, "dataset_dir") for words in (fast, sampled, evaluation)}
+    assert places == {option(phantoms, "out")}
+    assert option(phantoms, "seed") not in (None, "0"), "the demo weights were trained on phantoms of seed 0"
+    assert (option(fast, "deterministic"), option(fast, "num_samples")) == ("True", None)
+    assert option(sampled, "deterministic") is None
+    for words in (sampled, evaluation):
+        assert int(option(words, "num_samples") or 0) > 1, "a standard deviation needs several samples"
+    assert option(fast, "output_dir") != option(sampled, "output_dir")
+
+
 def test_all_bundles_share_one_page(calls, tmp_path):
     demo(out=str(tmp_path))
     assert [option(call.words, "out") for call in calls if call.words[0] == "tools.phantoms"] == [
         str(tmp_path / "cxr_ldm/data"),
         str(tmp_path / "brain_controlnet/raw"),
         str(tmp_path / "sdseg/data"),
+        str(tmp_path / "dmri2noddi/data"),
     ]
     assert calls.modules().count("tools.report") == 1
     assert calls[-1].words[1:3] == [str(tmp_path), f"--out={tmp_path}/report.html"]
@@ -253,7 +270,7 @@ def test_damaged_record(tmp_path):
 
 def test_unknown_bundle(calls, tmp_path):
     with pytest.raises(
-        SystemExit, match="^cxr_lmd: expected one of the bundles cxr_ldm, brain_controlnet, sdseg, or all"
+        SystemExit, match="^cxr_lmd: expected one of the bundles cxr_ldm, brain_controlnet, sdseg, dmri2noddi, or all"
     ):
         demo("cxr_lmd", str(tmp_path / "demo"))
     assert calls == []

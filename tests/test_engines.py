@@ -14,9 +14,10 @@ from monai.inferers import SimpleInferer
 from monai.losses import PatchAdversarialLoss
 from torch import nn
 
-from shared.engines import AutoencoderTrainer
+from shared import engines
+from shared.engines import EPSILON, MAX_ADAPTIVE_WEIGHT, AutoencoderTrainer
 from shared.handlers.guard import GradientGuard, NonFiniteLossError
-from shared.losses import AutoencoderLoss
+from shared.losses import AutoencoderLoss, HingeAdversarialLoss, VectorQuantizedLoss
 from shared.prepare_batch import ImageAsTarget
 
 START = 2
@@ -240,3 +241,237 @@ def test_accumulation_and_missing_parts_are_refused():
     for name in ("discriminator_optimizer", "adversarial_loss"):
         with pytest.raises(ValueError, match="^discriminator: expected discriminator_optimizer and adversarial_loss"):
             make_trainer(**{name: None})
+
+
+def test_steps_without_adaptive_weight_are_the_plain_ones_bit_for_bit():
+    """What the bundles with a KL autoencoder rely on: no new term, no other order of operations."""
+    trainer, plain = make_trainer(), make_trainer()
+    trainer.run()
+    network, discriminator = plain.network, plain.discriminator
+    adversarial = plain.adversarial_loss
+    for epoch in (1, 2, 3):
+        for batch in plain.data_loader:
+            image = batch["image"]
+            output = network(image)
+            loss = plain.loss_function(output, image)["total"]
+            if epoch >= START:
+                discriminator.requires_grad_(False)
+                loss = loss + 0.5 * adversarial(discriminator(output[0])[-1], True, False)
+            plain.optimizer.zero_grad()
+            loss.backward()
+            plain.optimizer.step()
+            if epoch >= START:
+                discriminator.requires_grad_(True)
+                fake = adversarial(discriminator(output[0].detach())[-1], False, True)
+                real = adversarial(discriminator(image)[-1], True, True)
+                plain.discriminator_optimizer.zero_grad()
+                (0.5 * (0.5 * (fake + real))).backward()
+                plain.discriminator_optimizer.step()
+    assert equal(values(trainer.network), values(network))
+    assert equal(values(trainer.discriminator), values(discriminator))
+
+
+# The adaptive weight
+
+
+class TinyCodebookAutoencoder(nn.Module):
+    """Returns what a VQ-GAN does; its codes move in each forward pass of training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Conv2d(1, 1, 2, stride=2), nn.ConvTranspose2d(1, 1, 2, stride=2)
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if self.training:
+            self.updates += 1
+        z = self.encoder(x)
+        code = z.detach().round()
+        return self.decoder(z + (code - z).detach()), 0.25 * (z - code).square().mean(), torch.ones(()), torch.ones(())
+
+
+class TwoDecisions(TinyDiscriminator):
+    """A discriminator of two opinions, as one of slices and one of volumes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Conv2d(1, 1, 5)
+
+    def forward(self, x: torch.Tensor) -> list[Any]:
+        self.inputs.append(x)
+        return [[self.layer(x), self.second(x)]]
+
+
+def make_vqgan_trainer(*, adaptive: bool = True, **options: Any) -> AutoencoderTrainer:
+    torch.manual_seed(1)
+    network, discriminator = TinyCodebookAutoencoder(), TwoDecisions()
+    settings: dict[str, Any] = {
+        "network": network,
+        "optimizer": torch.optim.SGD(network.parameters(), lr=0.1),
+        "loss_function": VectorQuantizedLoss(),
+        "discriminator": discriminator,
+        "discriminator_optimizer": torch.optim.SGD(discriminator.parameters(), lr=0.1),
+        "adversarial_loss": HingeAdversarialLoss(),
+        "adversarial_weight": 0.7,
+        "adversarial_start": 1,
+        "epochs": 1,
+        "adaptive_weight_of": network.decoder.weight if adaptive else None,
+    }
+    return make_trainer(**settings | options)
+
+
+def gradient(loss: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+    return torch.autograd.grad(loss, parameter, retain_graph=True)[0]
+
+
+def test_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer():
+    trainer = make_vqgan_trainer()
+    network, discriminator = trainer.network, trainer.discriminator
+    expected: list[dict[str, torch.Tensor]] = []
+
+    def predict(engine: AutoencoderTrainer) -> None:
+        """The first step by hand, before it is done."""
+        image = torch.stack([item["image"] for item in trainer.data_loader.dataset.data[:2]])
+        output = network(image)
+        reconstruction = 4.0 * (output[0] - image).abs().mean()
+        generator = -discriminator.layer(output[0]).mean() - discriminator.second(output[0]).mean()
+        norms = [gradient(loss, network.decoder.weight).norm() for loss in (reconstruction, generator)]
+        factor = norms[0] / (norms[1] + 1e-4)
+        assert norms[1] > 1e-2
+        assert abs(factor - 1) > 1e-2
+        # The factor itself is a constant.
+        total = reconstruction + output[1] + 0.7 * factor.detach() * generator
+        gradients = torch.autograd.grad(total, list(network.parameters()))
+        expected.append({"factor": factor, "total": total.detach(), "gradients": gradients})
+
+    def compare(engine: AutoencoderTrainer) -> None:
+        if engine.stepping is engine.optimizer and engine.state.iteration == 1:
+            torch.testing.assert_close(engine.state.losses["adversarial_factor"], expected[0]["factor"])
+            assert not engine.state.losses["adversarial_factor"].requires_grad
+            torch.testing.assert_close(engine.state.output["loss"].detach(), expected[0]["total"])
+            for parameter, wanted in zip(network.parameters(), expected[0]["gradients"], strict=True):
+                torch.testing.assert_close(parameter.grad, wanted)
+            expected.append({})
+
+    trainer.add_event_handler(Events.EPOCH_STARTED, predict)
+    trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, compare)
+    trainer.run()
+    assert len(expected) == 2
+
+
+def test_weighted_gradients_of_both_losses_are_equal_at_the_last_layer():
+    """What the weight is for: with weight 1, the discriminator pulls as strongly as the image."""
+    trainer = make_vqgan_trainer(adversarial_weight=1.0)
+    reconstruction, generator = torch.rand(2, 3, requires_grad=True), torch.rand(2, 3, requires_grad=True)
+    layer = trainer.adaptive_weight_of
+    losses = [3.0 * (layer.sum() * reconstruction).sum(), 0.01 * (layer.square().sum() * generator).sum()]
+    factor = trainer._adaptive_weight(*losses)
+    strength = [gradient(loss, layer).norm() for loss in losses]
+    torch.testing.assert_close(factor * (strength[1] + EPSILON), strength[0])
+
+
+def test_adaptive_weight_has_a_limit_and_keeps_what_is_not_finite():
+    trainer = make_vqgan_trainer()
+    layer = trainer.adaptive_weight_of
+    large, none = 1e9 * layer.sum(), 0.0 * layer.sum()
+    assert trainer._adaptive_weight(large, none).item() == MAX_ADAPTIVE_WEIGHT
+    assert trainer._adaptive_weight(none, large).item() == 0.0
+    assert trainer._adaptive_weight(float("nan") * layer.sum(), large).isnan()
+
+
+def test_a_step_that_is_not_finite_is_refused_with_the_adaptive_weight_too():
+    trainer = make_vqgan_trainer(handlers=(GradientGuard(),))
+    trainer.discriminator.second.weight.data[:] = float("inf")
+    start = values(trainer.network)
+    with pytest.raises(NonFiniteLossError, match="expected a finite loss and gradient, .*'adversarial_factor'"):
+        trainer.run()
+    assert equal(values(trainer.network), start)
+
+
+def test_adaptive_weight_does_not_depend_on_the_scale_of_half_precision():
+    trainer = make_vqgan_trainer()
+    layer = trainer.adaptive_weight_of
+    losses = 3.0 * layer.sum(), 1e-3 * layer.square().sum()
+    plain = trainer._adaptive_weight(*losses)
+    trainer.amp = True
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    torch.testing.assert_close(trainer._adaptive_weight(*losses), plain)
+    # Each of many small gradients would round to zero on its way through half precision, and the weight be 1e4.
+    many = (layer.flatten()[0] * torch.ones(2**20)).half().float().mean()
+    factor = trainer._adaptive_weight(layer.flatten()[0].clone(), 2.0**-10 * many)
+    torch.testing.assert_close(factor, torch.tensor(1 / (2.0**-10 + EPSILON)))
+
+
+def test_ranks_have_the_factor_of_the_whole_batch(monkeypatch):
+    """Two ranks, one after the other: each hands over its gradients, whose mean is that of the doubled batch."""
+    handed: list[torch.Tensor] = []
+    data = [{"image": torch.rand(4, 1, 8, 12, generator=torch.Generator().manual_seed(3))}]
+    shares = [[{"image": data[0]["image"][start : start + 2]}] for start in (0, 2)]
+
+    def run(batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        trainer = make_vqgan_trainer(train_data_loader=batches)
+        trainer.run()
+        return trainer.state.losses["adversarial_factor"]
+
+    monkeypatch.setattr(engines, "mean_over_processes", lambda values: handed.append(values) or values)
+    whole, *apart = run(data), run(shares[0]), run(shares[1])
+    assert not torch.allclose(apart[0], apart[1])
+    torch.testing.assert_close((handed[1] + handed[2]) / 2, handed[0])
+    monkeypatch.setattr(engines, "mean_over_processes", lambda values: (handed[1] + handed[2]) / 2)
+    for share in shares:
+        torch.testing.assert_close(run(share), whole)
+
+
+def test_codes_move_once_in_a_step_and_in_no_other_pass():
+    trainer = make_vqgan_trainer(epochs=3, adversarial_start=START)
+    seen = []
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: seen.append(int(trainer.network.updates)))
+    trainer.run()
+    assert seen == [1, 2, 3, 4, 5, 6]
+
+
+def test_each_optimizer_moves_its_own_parameters_with_the_adaptive_weight():
+    trainer = make_vqgan_trainer(epochs=2, adversarial_start=START)
+    parts = {"network": trainer.network, "discriminator": trainer.discriminator}
+    before = {name: values(part) for name, part in parts.items()}
+    moved, gradients = [], []
+
+    def look(engine: AutoencoderTrainer) -> None:
+        moved.append([not equal(values(part), before[name]) for name, part in parts.items()])
+        before.update({name: values(part) for name, part in parts.items()})
+        if engine.stepping is engine.optimizer:
+            gradients.append([parameter.grad for parameter in trainer.discriminator.parameters()])
+
+    trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, look)
+    trainer.add_event_handler(Events.ITERATION_STARTED, lambda: trainer.discriminator.zero_grad(set_to_none=True))
+    trainer.run()
+    assert moved == [[False, False], [True, False], [True, False], [True, False], [False, True], [True, False]]
+    assert gradients == 4 * [[None, None, None, None]]
+
+
+def test_adaptive_weight_is_measured_from_the_start_of_the_discriminator_on():
+    trainer = make_vqgan_trainer(epochs=2, adversarial_start=START)
+    names = {}
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda engine: names.update({engine.state.epoch: set(engine.state.losses)})
+    )
+    trainer.add_event_handler(Events.EPOCH_STARTED(once=2), lambda: seen.append(len(trainer.discriminator.inputs)))
+    seen: list[int] = []
+    trainer.run()
+    terms = {"reconstruction", "commitment", "perplexity", "usage"}
+    assert names == {1: terms, 2: terms | {"generator", "adversarial_factor", "discriminator"}}
+    assert seen == [0]
+    assert not any(value.requires_grad for value in trainer.state.losses.values())
+
+
+def test_weight_of_another_network_is_refused():
+    with pytest.raises(
+        ValueError, match="^adaptive_weight_of: expected a parameter of the network .* refer to network"
+    ):
+        make_vqgan_trainer(adaptive_weight_of=TinyCodebookAutoencoder().decoder.weight)
+
+
+def test_compiled_network_is_refused_with_the_adaptive_weight():
+    """It would fail in the first step of the discriminator, after days perhaps."""
+    with pytest.raises(ValueError, match="^compile: expected False where adaptive_weight_of is given, got True"):
+        make_vqgan_trainer(compile=True)

@@ -16,7 +16,7 @@ from monai.transforms import CenterSpatialCropd, Compose
 from PIL import Image
 from torch import nn
 
-from shared.latent_cache import LatentDataset, check_augmentation, measure_scale_factor
+from shared.latent_cache import LatentDataset, _cache_key, check_augmentation, latent_statistics, measure_scale_factor
 from shared.transforms.images import LoadRadiographd, ResizeShorterSided
 
 
@@ -348,3 +348,184 @@ def test_random_changes_are_refused_with_a_cache():
         ValueError, match='flip_probability: expected 0 with a cache .*got 0.5; .*--latent_cache_dir ""'
     ):
         check_augmentation("latents", flip_probability=0.5)
+
+
+class Settings:
+    """Stands for a transform; its module and name enter the key."""
+
+    def __init__(self) -> None:
+        self.size, self.mode, self.inner = (3, 4), "linear", [len]
+
+
+def test_keys_of_caches_that_exist_stay_the_same(tmp_path):
+    """The key as it was computed before autoencoders without a posterior could be used."""
+    sources = []
+    for index in range(2):
+        path = tmp_path / f"{index}.png"
+        path.write_bytes(bytes(100 + index))
+        os.utime(path, ns=(0, 10**18 + index))
+        sources.append({"image": str(path), "slice": index, "flip": None})
+    network = nn.Conv2d(1, 2, 2)
+    for parameter in network.parameters():
+        nn.init.constant_(parameter, 0.5)
+    transform = type("T", (Settings,), {"__module__": "m"})()
+    assert _cache_key(sources, ("image",), transform, network) == "457c66cb3844204d"
+
+
+class VectorEncoder(nn.Module):
+    """Volumes (B, C, X, Y, Z) to one latent (B, 3, X/2, Y/2, Z/2) without a draw, as a VQ-GAN gives it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.convolution = nn.Conv3d(1, 3, 2, stride=2)
+        self.calls: list[int] = []
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.append(len(x))
+        return self.convolution(x)
+
+
+def load_halves(item: dict[str, Any]) -> dict[str, Any]:
+    """The mean of two volumes."""
+    volumes = [torch.from_numpy(np.load(item[key])) for key in ("first", "second")]
+    return {**item, "volume": (0.5 * (volumes[0] + volumes[1]))[None]}
+
+
+@pytest.fixture
+def volume_items(tmp_path: Path) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    result = []
+    for index in range(5):
+        item: dict[str, Any] = {"text": f"report {index}"}
+        for key in ("first", "second"):
+            item[key] = str(tmp_path / f"{key}_{index}.npy")
+            np.save(item[key], rng.random((4, 6, 8), dtype=np.float32))
+        result.append(item)
+    return result
+
+
+def volumes_of(items: list[dict[str, Any]], folder: Path | None, encoder: nn.Module, **options: Any) -> LatentDataset:
+    keys = {"image_keys": ["first", "second"], "path_keys": ["first", "second"], "encoded_key": "volume"}
+    return dataset_of(items, folder, encoder, **{"image_transform": load_halves, **keys, **options})
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_latents_without_a_posterior_have_a_mean_alone(volume_items, tmp_path, cached):
+    encoder = VectorEncoder()
+    dataset = volumes_of(volume_items, tmp_path / "cache" if cached else None, encoder)
+    for index, item in enumerate(volume_items):
+        with torch.no_grad():
+            expected = encoder.encode(load_halves(item)["volume"][None])[0]
+        mean, log_variance = dataset.posterior(index)
+        torch.testing.assert_close(mean, expected, atol=1e-5, rtol=1e-5)
+        assert log_variance is None
+        got = dataset[index]
+        if cached:
+            assert set(got) == {"text", "latent_mean", "item_id"}
+            assert torch.equal(got["latent_mean"], mean)
+            assert got["latent_mean"].shape == (3, 2, 3, 4)
+            assert got["latent_mean"].dtype == torch.float32
+        else:
+            assert {"volume", "item_id", "first", "second"} <= set(got)
+            assert "latent_mean" not in got
+
+
+def test_latents_without_a_posterior_are_stored_once(volume_items, tmp_path, caplog):
+    path = volumes_of(volume_items, tmp_path / "cache", VectorEncoder()).cache_path
+    encoder = VectorEncoder()
+    dataset = volumes_of(volume_items, tmp_path / "cache", encoder)
+    assert encoder.calls == [1]
+    assert np.load(path, mmap_mode="r").shape == (5, 1, 3, 2, 3, 4)
+    [batch] = DataLoader(dataset, batch_size=5, num_workers=2)
+    assert torch.equal(batch["latent_mean"], torch.stack([dataset[index]["latent_mean"] for index in range(5)]))
+    # A file with a variance beside it is another encoder's.
+    np.save(path, np.zeros((5, 2, 3, 2, 3, 4), dtype=np.float32))
+    assert volumes_of(volume_items, tmp_path / "cache", VectorEncoder())[0]["latent_mean"].abs().max() > 0
+    assert f"{path}: the stored latents differ" in caplog.text
+
+
+def test_every_file_of_an_item_counts(volume_items, tmp_path):
+    folder = tmp_path / "cache"
+    paths = [volumes_of(volume_items, folder, VectorEncoder()).cache_path]
+    for key in ("first", "second"):
+        os.utime(volume_items[3][key], ns=(0, 1_000_000))
+        paths.append(volumes_of(volume_items, folder, VectorEncoder()).cache_path)
+    assert len(set(paths)) == 3
+    (tmp_path / "moved").mkdir()
+    moved = [dict(item) for item in volume_items]
+    for item in moved:
+        for key in ("first", "second"):
+            item[key] = str(Path(item[key]).rename(tmp_path / "moved" / Path(item[key]).name))
+    assert volumes_of(moved, folder, VectorEncoder()).cache_path == paths[-1]
+
+
+def test_paths_are_among_what_the_image_needs(volume_items):
+    with pytest.raises(ValueError, match=r"^path_keys: expected keys of image_keys \['first'\], got \['second'\]"):
+        volumes_of(volume_items, None, VectorEncoder(), image_keys=["first"], path_keys=["second"])
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_scale_factor_of_latents_without_a_posterior(volume_items, tmp_path, cached):
+    dataset = volumes_of(volume_items, tmp_path / "cache" if cached else None, VectorEncoder())
+    means = torch.stack([dataset.posterior(index)[0] for index in range(5)]).double()
+    assert measure_scale_factor(dataset) == pytest.approx(1 / means.std(correction=0).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_statistics_of_each_channel(volume_items, tmp_path, cached):
+    dataset = volumes_of(volume_items, tmp_path / "cache" if cached else None, VectorEncoder())
+    means = torch.stack([dataset.posterior(index)[0] for index in range(5)]).double().transpose(0, 1).flatten(1)
+    mean, std = latent_statistics(dataset)
+    assert mean.dtype == std.dtype == torch.float32
+    torch.testing.assert_close(mean, means.mean(1).float(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(std, means.std(1, correction=0).float(), rtol=1e-6, atol=1e-7)
+    scaled = (means - mean[:, None]) / std[:, None]
+    torch.testing.assert_close(scaled.mean(1), torch.zeros(3).double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(scaled.std(1, correction=0), torch.ones(3).double(), atol=1e-6, rtol=0)
+
+
+def test_statistics_of_drawn_latents_hold_their_variance(items, tmp_path):
+    dataset = dataset_of(items, tmp_path / "cache", ConvolutionalEncoder())
+    means, log_variances = (torch.stack(p).double() for p in zip(*map(dataset.posterior, range(7)), strict=True))
+    mean, std = latent_statistics(dataset)
+    variance = means.var((0, 2, 3), correction=0) + log_variances.exp().mean((0, 2, 3))
+    torch.testing.assert_close(mean, means.mean((0, 2, 3)).float(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(std, variance.sqrt().float(), rtol=1e-6, atol=1e-7)
+
+
+def given_latents(volume_items: list[dict[str, Any]], *latents: torch.Tensor) -> LatentDataset:
+    dataset = volumes_of(volume_items[: len(latents)], None, VectorEncoder())
+    dataset.posterior = lambda index: (latents[index], None)  # type: ignore[method-assign]
+    return dataset
+
+
+def test_statistics_survive_a_mean_far_from_zero(volume_items):
+    """Squares of 1e4 would leave float32 nothing of a deviation of 0.1, nor much of it with sums of float64."""
+    generator = torch.Generator().manual_seed(0)
+    latents = [1e4 + 0.1 * torch.randn((2, 4, 6, 8), generator=generator) for _ in range(5)]
+    mean, std = latent_statistics(given_latents(volume_items, *latents))
+    values = torch.stack(latents).double()
+    torch.testing.assert_close(mean.double(), values.mean((0, 2, 3, 4)), rtol=1e-7, atol=0)
+    torch.testing.assert_close(std.double(), values.std((0, 2, 3, 4), correction=0), rtol=1e-6, atol=0)
+
+
+def test_statistics_take_evenly_spaced_items(volume_items):
+    latents = [torch.tensor([[index, index + 1.0]]) for index in range(5)]
+    mean, std = latent_statistics(given_latents(volume_items, *latents), max_items=3)
+    assert mean.tolist() == [2.5]  # of the items 0, 2 and 4
+    assert std.item() == pytest.approx((2 * 4 / 3 + 0.25) ** 0.5)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.7, 1e6, float("nan"), float("inf")])
+def test_statistics_of_a_constant_or_infinite_channel_are_refused(volume_items, value):
+    latents = [torch.randn(3, 4, 6, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    for latent in latents:
+        latent[1] = value
+    with pytest.raises(
+        ValueError,
+        match=r"^latents: expected latents that vary, with finite values, in each of 3 channels, got the variance "
+        r"\S+ in channel 1 \(1 such channels\); train the autoencoder first",
+    ):
+        latent_statistics(given_latents(volume_items, *latents))

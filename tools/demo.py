@@ -13,13 +13,14 @@ from pathlib import Path
 
 from tools import command_line
 from tools.demo_steps import REPOSITORY, Step, run_steps
-from tools.demos import brain_controlnet, cxr_ldm, sdseg
+from tools.demos import brain_controlnet, cxr_ldm, dmri2noddi, sdseg
 
 BUNDLES = REPOSITORY / "bundles"
 DEMOS: dict[str, Callable[..., list[Step]]] = {
     "cxr_ldm": cxr_ldm.steps,
     "brain_controlnet": brain_controlnet.steps,
     "sdseg": sdseg.steps,
+    "dmri2noddi": dmri2noddi.steps,
 }
 ALL = "all"
 
@@ -33,7 +34,7 @@ def demo(bundle: str = ALL, out: str = "demo", n: int | None = None, threads: in
         bundle: which bundle, or `all`, one after the other.
         out: folder for everything the demo writes, below it one for each bundle. The page shows all that is there. The
             sentences that cxr_ldm draws are in `OUT/cxr_ldm/prompts.txt`, one a line: edit them and run again.
-        n: number of phantoms; by default 200 films, 24 heads or 80 pictures.
+        n: number of phantoms; by default 200 films, 24 heads, 80 pictures or 6 brains.
         threads: CPU threads, 0 for all cores.
     """
     if bundle != ALL and bundle not in DEMOS:

@@ -18,9 +18,9 @@ from tools.report_masks import Mask, is_mask, read_mask
 
 _NOT_RUNS = {"previews", "evaluation", "checkpoints", "models", "mlruns"}
 _DEPTH = 3
-# Columns of per_image.csv that say which image a row is or is compared with; their spread means nothing.
+# Columns of per_image.csv, per_subject.csv that say which image a row is or is compared with; no spread of theirs.
 _ROW_NUMBERS = {"row", "slice", "training_row_pixel", "training_row_correlation", "training_row_feature"}
-_ROW_NUMBERS |= {"name", "group", "both_empty", "one_empty"}
+_ROW_NUMBERS |= {"name", "group", "subject", "both_empty", "one_empty"}
 # Columns by which an image has several rows; the spread is that of the rows like the first.
 _ROW_KINDS = ("method", "resolution", "class")
 _SAMPLE_SETTINGS = ("guidance_scale", "num_inference_steps", "negative_prompt", "scheduler")
@@ -74,7 +74,8 @@ class Run:
             `method` and `measure` (then it is a cell of a table of methods).
         protocol: how the evaluation was made, with `conventions` (subject -> words).
         per_image: column of `per_image.csv` -> its finite numbers, of the rows like the first where an image has rows
-            for several methods, resolutions and classes; `per_image_of` says which.
+            for several methods, resolutions and classes; `per_image_of` says which. Without that file, of
+            `per_subject.csv`; `per_image_unit` says of what the rows are.
     """
 
     folder: Path
@@ -91,6 +92,7 @@ class Run:
     protocol: dict[str, Any] | None = None
     per_image: dict[str, list[float]] = field(default_factory=dict)
     per_image_of: str = ""
+    per_image_unit: str = "images"
     samples: list[Sample] = field(default_factory=list)
     translations: list[Translation] = field(default_factory=list)
     masks: list[Mask] = field(default_factory=list)
@@ -160,6 +162,9 @@ def _read_run(folder: Path, root: Path) -> Run | None:
     run.evaluation_pictures = sorted((folder / "evaluation").glob("*.png"))
     run.protocol = _json(folder / "evaluation" / "protocol.json", dict)
     _read_per_image(run, folder / "evaluation" / "per_image.csv")
+    if not run.per_image and run.evaluation is not None:
+        run.per_image_unit = "subjects"
+        _read_per_image(run, folder / "evaluation" / "per_subject.csv")
     run.samples = list(_samples(folder))
     for place, content in _results(folder, root):
         if is_mask(content):

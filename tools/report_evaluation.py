@@ -18,14 +18,19 @@ _PANELS = "image, truth, prediction, probability"
 _CAPTIONS = {
     name: f"{name.capitalize()} by Dice, from left to right: {_PANELS}" for name in ("worst", "median", "best")
 }
+_CAPTIONS |= {
+    f"{name}_{key}": f"{key.upper()} of the subject of {name} PSNR; patient's right and anterior on the left"
+    for name in ("worst", "median", "best")
+    for key in ("ndi", "odi", "fwf")
+}
 
 
 def evaluation_of(run: Run) -> list[Element]:
     """Tables of `evaluation/summary.json` and `per_image.csv`, then the pictures.
 
     A row with `group` stands in a table under that heading. Rows with `method` and `measure` become one table of
-    methods by measures. A column "Mean ± sd" replaces "Value" where a row of the table has `sd`. The conventions of
-    `evaluation/protocol.json` follow.
+    methods by measures, or of what `row_heading` says instead of methods. A column "Mean ± sd" replaces "Value" where
+    a row of the table has `sd`. The conventions of `evaluation/protocol.json` follow.
     """
     parts = [element("h3", "Evaluation")]
     if run.evaluation is None:
@@ -38,7 +43,7 @@ def evaluation_of(run: Run) -> list[Element]:
     if run.protocol is not None:
         parts += _protocol(run.protocol)
     if run.per_image:
-        parts += _spread_over_images(run.per_image, run.per_image_of)
+        parts += _spread_over_images(run.per_image, run.per_image_of, run.per_image_unit)
     failures = [path for path in run.evaluation_pictures if any(word in path.stem for word in _FAILURE_WORDS)]
     grids = [path for path in run.evaluation_pictures if path not in failures]
     if grids:
@@ -121,7 +126,8 @@ def _comparison(rows: Sequence[dict[str, Any]], headings: dict[str, str]) -> lis
         shown = [_cell(cells.get((method, measure)), with_n=len(counts) > 1) for measure in headings]
         body.append(element("tr", element("th", method.replace(" - ", " − "), scope="row"), *shown))
     columns = [element("th", name, scope="col", class_="num") for name in headings.values()]
-    head = element("thead", element("tr", element("th", "Method", scope="col"), *columns))
+    first = str(rows[0].get("row_heading") or "Method")
+    head = element("thead", element("tr", element("th", first, scope="col"), *columns))
     said = ["Mean ± standard deviation"] if any(row.get("sd") is not None for row in rows) else []
     said += ["below it the 95 % interval"] if any(row.get("ci_low") is not None for row in rows) else []
     said += [f"n = {_value(counts.pop())}"] if len(counts) == 1 else []
@@ -192,7 +198,7 @@ def _cell(row: dict[str, Any] | None, *, with_n: bool) -> Element:
     return element("td", element("div", _mean(row), class_="value"), *below, class_="num")
 
 
-def _spread_over_images(per_image: dict[str, list[float]], of: str) -> list[Element]:
+def _spread_over_images(per_image: dict[str, list[float]], of: str, unit: str) -> list[Element]:
     rows = []
     for column, values in per_image.items():
         cells = [str(len(values)), *(number(float(np.quantile(values, q))) for q in (0, 0.25, 0.5, 0.75, 1))]
@@ -200,7 +206,7 @@ def _spread_over_images(per_image: dict[str, list[float]], of: str) -> list[Elem
         rows.append(element("tr", element("th", words(column), scope="row"), *cells_html))
     columns = ("Measure", "n", "Lowest", "25 %", "Median", "75 %", "Highest")
     return [
-        element("h3", f"Spread over images{', ' + of if of else ''}"),
+        element("h3", f"Spread over {unit}{', ' + of if of else ''}"),
         table(columns, rows, numeric=set(columns[1:])),
     ]
 

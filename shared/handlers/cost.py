@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
@@ -59,6 +61,45 @@ def wait_for(device: torch.device) -> None:
     """Until a GPU has done what it was given; on a CPU that is so already."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def cost_rows(
+    cost: CallCost,
+    times: Mapping[str, Sequence[float]],
+    notes: Mapping[str, str],
+    *,
+    device: torch.device,
+    peak_of: str,
+    what: str = "image",
+) -> list[dict[str, Any]]:
+    """Summary rows of the median time of each method and of the peak memory, under one heading.
+
+    Args:
+        cost: knows the memory.
+        times: method -> seconds of each image; methods without any are left out.
+        notes: method -> note.
+        device: where it ran.
+        peak_of: the method that the memory is of.
+        what: that the times are of, in words.
+
+    Returns:
+        ``{"name", "value", "ci_low", "ci_high", "n", "note", "method", "measure", "group"}`` each.
+    """
+    rows = []
+    for method, seconds in times.items():
+        if len(seconds):
+            note = f"median over {what}s, on {device}; {notes[method]}"
+            row = _plain_row(f"Time per {what} (s), {method}", float(np.median(seconds)), len(seconds), note)
+            rows.append(row | {"method": method, "measure": "seconds"})
+    if rows:
+        value = None if cost.peak_bytes is None else cost.peak_bytes / 1e6
+        row = _plain_row(f"Peak memory (MB), {peak_of}", value, rows[0]["n"], cost.memory_note)
+        rows.append(row | {"method": peak_of, "measure": "memory_mb"})
+    return [row | {"group": "Time and memory"} for row in rows]
+
+
+def _plain_row(name: str, value: float | None, n: int, note: str) -> dict[str, Any]:
+    return {"name": name, "value": value, "ci_low": None, "ci_high": None, "n": n, "note": note}
 
 
 def _peak(device: torch.device) -> tuple[int | None, str]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from shared.files import save_json, sha256_of_file
-from shared.handlers.cost import CallCost
+from shared.handlers.cost import CallCost, cost_rows
 from shared.metrics.segmentation import CONVENTIONS, MEAN
 from shared.metrics.segmentation_table import ItemScore, scored_rows, summary_over_groups
 from shared.metrics.stability import MEASURES
@@ -26,7 +26,6 @@ from shared.tables import summary_text, write_table
 logger = logging.getLogger(__name__)
 
 PICTURES = ("worst", "median", "best")
-_COST_GROUP = "Time and memory"
 
 
 class Case(NamedTuple):
@@ -121,19 +120,10 @@ class SegmentationResults:
         return [row | {"group": f"Stability over {self.num_samples} samples"} for row in rows]
 
     def _cost_rows(self, cost: CallCost, device: torch.device) -> list[dict[str, Any]]:
-        rows = []
-        for method, note in self.methods.items():
-            times = [one.seconds for one in self._of(method) if one.seconds is not None]
-            if times:
-                text = f"median over images, on {device}; {note}"
-                row = _plain_row(f"Time per image (s), {method}", float(np.median(times)), len(times), text)
-                rows.append(row | {"method": method, "measure": "seconds", "group": _COST_GROUP})
-        if rows:
-            value = None if cost.peak_bytes is None else cost.peak_bytes / 1e6
-            method, n = self.own[-1], rows[0]["n"]
-            row = _plain_row(f"Peak memory (MB), {method}", value, n, cost.memory_note)
-            rows.append(row | {"method": method, "measure": "memory_mb", "group": _COST_GROUP})
-        return rows
+        times = {
+            method: [one.seconds for one in self._of(method) if one.seconds is not None] for method in self.methods
+        }
+        return cost_rows(cost, times, self.methods, device=device, peak_of=self.own[-1])
 
     def _of(self, method: str) -> list[ItemScore]:
         """One line an item."""
@@ -186,7 +176,3 @@ class SegmentationResults:
 def _without_nan(line: Mapping[str, Any]) -> dict[str, Any]:
     """What there was nothing to measure in is an empty cell; infinite distances stay."""
     return {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in line.items()}
-
-
-def _plain_row(name: str, value: float | None, n: int, note: str) -> dict[str, Any]:
-    return {"name": name, "value": value, "ci_low": None, "ci_high": None, "n": n, "note": note}

@@ -178,19 +178,23 @@ def _filled(
     }
 
 
-def summary_over_groups(name: str, values: Sequence[float], groups: Sequence[Any], note: str) -> dict[str, Any]:
+def summary_over_groups(
+    name: str, values: Sequence[float], groups: Sequence[Any], note: str, *, of: tuple[str, str] = ("images", "groups")
+) -> dict[str, Any]:
     """A row with mean, bootstrap interval over groups, ``sd`` and ``median`` over images, and ``groups``.
 
-    ``n`` counts images. Without values the row is empty; from fewer than 3 groups there is no interval.
+    ``n`` counts images. Without values the row is empty; from fewer than 3 groups there is no interval. ``of`` are the
+    words for images and groups in the note.
     """
     if not len(values):
         nothing = summary_row(name, Interval(math.nan, math.nan, math.nan, 0), note)
         return nothing | {"sd": None, "median": None, "groups": 0}
+    many, whole = of
     interval = grouped_bootstrap_interval(values, groups)
     if interval.n < _LEAST_GROUPS:
         interval = Interval(interval.value, math.nan, math.nan, interval.n)
-        note += f"; no interval from fewer than {_LEAST_GROUPS} groups"
-    text = f"{len(values)} images of {interval.n} groups, interval by bootstrap over groups; {note}"
+        note += f"; no interval from fewer than {_LEAST_GROUPS} {whole}"
+    text = f"{len(values)} {many} of {interval.n} {whole}, interval by bootstrap over {whole}; {note}"
     row = summary_row(name, interval._replace(n=len(values)), text)
     sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return row | {"sd": sd, "median": float(np.median(values)), "groups": interval.n}

@@ -62,10 +62,10 @@ def slice_scores(
     for start in range(0, len(images), _BATCH):
         x, y = (part[start : start + _BATCH].to(device).clamp(0, 1) for part in (images, target))
         error = (x - y).double()
-        found = _errors(error, torch.ones_like(error)) | {"ms_ssim": ssim.paired(x, y)}
+        found = errors_within(error, torch.ones_like(error)) | {"ms_ssim": ssim.paired(x, y)}
         if mask is not None:
             inside = (mask[start : start + _BATCH].to(device) > 0.5).float()
-            found |= {f"brain_{name}": value for name, value in _errors(error, inside.double()).items()}
+            found |= {f"brain_{name}": value for name, value in errors_within(error, inside.double()).items()}
             masked = ssim.paired(x * inside, y * inside)
             found["brain_ms_ssim"] = masked.masked_fill(~inside.flatten(1).any(1), math.nan)
         for name, value in found.items():
@@ -73,8 +73,15 @@ def slice_scores(
     return {name: torch.cat(values).numpy() for name, values in scores.items()}
 
 
-def _errors(error: torch.Tensor, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """PSNR and MAE (B,) over the voxels of weight 1; NaN where there is none."""
+def errors_within(error: torch.Tensor, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """PSNR (dB, data range 1, at most 100) and MAE over the voxels of weight 1; NaN where there is none.
+
+    Args:
+        error, weight: (B, ...) float64.
+
+    Returns:
+        "psnr" and "mae", (B,) each.
+    """
     count = weight.flatten(1).sum(1)
     mse = (error.square() * weight).flatten(1).sum(1) / count  # 0 / 0 is NaN
     psnr = -10 * torch.log10(torch.where(mse < _LEAST_MSE, _LEAST_MSE, mse))

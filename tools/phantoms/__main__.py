@@ -5,19 +5,21 @@ python -m tools.phantoms cxr_ldm --out DIR --n 200 [--size 128] [--seed 0] [--sp
 python -m tools.phantoms brain_controlnet --out DIR --n 40 [--size 80,112,24] [--spacing 2] [--seed 0] [--lesions 0.5]
 python -m tools.phantoms sdseg --out DIR --num_images 400 [--size 160,128] [--seed 0] [--kind polyp|fundus|both]
 python -m tools.phantoms sdseg_abdomen --out DIR --num_volumes 30 [--size 64,56,20] [--seed 0]
+python -m tools.phantoms dmri2noddi --out DIR --num_subjects 40 [--shape 64,72,56] [--seed 0] [--snr 40]
 """
 
 from __future__ import annotations
 
 import fire
 
-from tools.phantoms import brain_controlnet, cxr_ldm, sdseg, sdseg_abdomen
+from tools.phantoms import brain_controlnet, cxr_ldm, dmri2noddi, sdseg, sdseg_abdomen
 
 BUNDLES = {
     "cxr_ldm": cxr_ldm.make_dataset,
     "brain_controlnet": brain_controlnet.make_dataset,
     "sdseg": sdseg.make_dataset,
     "sdseg_abdomen": sdseg_abdomen.make_dataset,
+    "dmri2noddi": dmri2noddi.make_dataset,
 }
 
 

@@ -10,6 +10,7 @@ from tools.command_line import run
 from tools.prepare.brain_pairs import brain_pairs
 from tools.prepare.btcv import btcv
 from tools.prepare.cvc_clinicdb import cvc_clinicdb
+from tools.prepare.dmri_pairs import dmri_pairs
 from tools.prepare.image_mask_folder import image_mask_folder
 from tools.prepare.image_text_folder import image_text_folder
 from tools.prepare.kvasir_seg import kvasir_seg
@@ -29,6 +30,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "sts3d": sts3d,
     "btcv": btcv,
     "image_mask_folder": image_mask_folder,
+    "dmri_pairs": dmri_pairs,
 }
 
 if __name__ == "__main__":

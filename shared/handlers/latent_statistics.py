@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put the measured mean and standard deviation of latents into the network."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+
+from shared.distributed import from_main_process, is_main_process, unwrapped
+from shared.latent_cache import LatentDataset, latent_statistics
+
+logger = logging.getLogger(__name__)
+
+
+class MeasureLatentStatistics:
+    """Set ``network.latent_mean`` and ``network.latent_std`` from the training latents when a training starts.
+
+    Place it before the checkpoint handler: a resumed run keeps the values of its checkpoint. In distributed runs rank 0
+    measures and every rank uses its values.
+
+    Args:
+        network: network with buffers ``latent_mean`` and ``latent_std`` ``(C,)``.
+        dataset: training latents.
+        ema_model: copy of the network, e.g. a moving average, that gets the same values; ``None`` where there is none,
+            or where its handler copies buffers when a training starts (``TrainedWeightsAverage``).
+        max_items: items measured, evenly spaced.
+
+    Raises:
+        ValueError: for a constant or infinite channel, or another number of channels than the buffers have.
+    """
+
+    def __init__(self, network: Any, dataset: LatentDataset, *, ema_model: Any = None, max_items: int = 512) -> None:
+        self.networks = [unwrapped(part) for part in (network, ema_model) if part is not None]
+        self.dataset, self.max_items = dataset, max_items
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self._measure)
+
+    @torch.no_grad()
+    def _measure(self, engine: Any) -> None:
+        measured: Any = latent_statistics(self.dataset, self.max_items) if is_main_process() else None
+        mean, std = from_main_process(measured)
+        for network in self.networks:
+            if network.latent_mean.shape != mean.shape:
+                raise ValueError(
+                    f"latent_mean: expected {len(network.latent_mean)} channels of latents, as the network has, got "
+                    f"{len(mean)}; give network and autoencoder the same embedding_dim."
+                )
+            network.latent_mean.copy_(mean)
+            network.latent_std.copy_(std)
+        logger.info(
+            "latents have mean %s and standard deviation %s, measured on up to %d training items",
+            _row(mean), _row(std), self.max_items,
+        )  # fmt: skip
+
+
+def _row(values: torch.Tensor) -> str:
+    return "(" + ", ".join(f"{value:.4g}" for value in values.tolist()) + ")"

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of an evaluation of NODDI maps."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shared.files import save_json, sha256_of_file
+from shared.handlers.cost import CallCost, cost_rows
+from shared.metrics import noddi_maps, uncertainty
+from shared.metrics.noddi_maps import MAPS, SSIMWindow
+from shared.metrics.noddi_table import SubjectScore, scored_rows
+from shared.noddi_picture import ERROR_GAIN
+from shared.pictures import INTENDED_USE, save_marked_png
+from shared.provenance import git_commit, software_versions
+from shared.tables import summary_text, write_table
+
+logger = logging.getLogger(__name__)
+
+PICTURES = ("worst", "median", "best")
+
+
+class NoddiResults:
+    """Collects what was measured and writes it into ``evaluation``, each file whole or not at all:
+
+    - ``summary.json``: rows ``{"name", "value", "ci_low", "ci_high", "n", "note"}`` with ``sd``, ``median``,
+      ``method``, ``measure`` and the heading ``group`` they stand under, as ``tools.report`` shows them;
+    - ``protocol.json``: conventions in words, device, versions, the data's SHA-256;
+    - ``per_subject.csv``: a line per scan and method with all measures; subjects and names are those of the data list,
+      so it is as private as that;
+    - ``uncertainty.csv``: a line per scan and map; ``calibration.csv``: one per scan, map and bin of predicted sd; from
+      4 samples on;
+    - ``worst_ndi.png``, ...: tri-planar pictures of the subjects of worst, median and best PSNR in the brain (mean of
+      the maps), a picture for each map.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        own: Sequence[str],
+        pairs: Sequence[tuple[str, str]],
+        num_samples: int,
+        window: SSIMWindow,
+        dataset_dir: str | os.PathLike[str] | None,
+        pictures: Sequence[str] = PICTURES,
+    ) -> None:
+        if wrong := set(pictures) - set(PICTURES):
+            raise ValueError(f"pictures: expected some of {list(PICTURES)}, got {sorted(wrong)}")
+        self.folder, self.own, self.pairs, self.num_samples = folder, list(own), list(pairs), num_samples
+        self.window, self.dataset_dir, self.pictures = window, dataset_dir, tuple(pictures)
+        self.methods: dict[str, str] = {}
+        self.scores: list[SubjectScore] = []
+        self.uncertainty: list[dict[str, Any]] = []
+        self.calibration: list[dict[str, Any]] = []
+        self.pictures_of: list[dict[str, np.ndarray]] = []
+
+    def write(self, *, cost: CallCost, device: torch.device) -> dict[str, float]:
+        """Write everything; returns name -> value of all rows for the engine's metrics."""
+        if not self.scores:
+            raise ValueError("evaluation: expected at least one subject, got none; check the section of datalist.json")
+        summary = scored_rows(self.scores, self.methods, pairs=self.pairs, window=self.window)
+        if self.uncertainty:
+            note = f"of {self.own[-1]}"
+            summary += uncertainty.uncertainty_rows(self.uncertainty, num_samples=self.num_samples, note=note)
+        times = {
+            method: [one.seconds for one in self._of(method) if one.seconds is not None] for method in self.methods
+        }
+        summary += cost_rows(cost, times, self.methods, device=device, peak_of=self.own[-1], what="subject")
+        save_json(summary, self.folder / "summary.json")
+        save_json(self._protocol(cost, device), self.folder / "protocol.json")
+        write_table(self.folder / "per_subject.csv", [one.columns for one in self.scores])
+        for name, lines in (("uncertainty", self.uncertainty), ("calibration", self.calibration)):
+            write_table(self.folder / f"{name}.csv", [_without_nan(line) for line in lines])
+        self._write_pictures()
+        named = [row | {"name": f"{row['name']} ({row['group']})"} for row in summary]
+        count = len(self._of(self.own[0]))
+        logger.info("evaluation of %d scans, written to %s\n%s", count, self.folder, summary_text(named))
+        return {row["name"]: row["value"] for row in named if row["value"] is not None}
+
+    def _of(self, method: str) -> list[SubjectScore]:
+        return [one for one in self.scores if one.method == method]
+
+    def _protocol(self, cost: CallCost, device: torch.device) -> dict[str, Any]:
+        datalist = Path(self.dataset_dir) / "datalist.json" if self.dataset_dir is not None else None
+        lines = self._of(self.own[0])
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        measured = self.num_samples >= uncertainty.LEAST_SAMPLES
+        return {
+            "scans": len(lines),
+            "subjects": len({one.subject for one in lines}),
+            "samples": self.num_samples,
+            "ssim": self.window.note,
+            "interval": "95 %, bootstrap of 2000 resamples over subjects",
+            "device": f"{device} ({name})" if name else str(device),
+            "time": "per subject, from the loaded batch until the inferer or the baseline has returned",
+            "memory": cost.memory_note,
+            "datalist_sha256": sha256_of_file(datalist) if datalist is not None and datalist.exists() else None,
+            "git_commit": git_commit(Path(__file__).parent),
+            "software": software_versions(),
+            "conventions": noddi_maps.CONVENTIONS | (uncertainty.CONVENTIONS if measured else {}),
+        }
+
+    def _write_pictures(self) -> None:
+        scores = [one.scores for one in self._of(self.own[-1])]
+        order = np.argsort([np.mean([one[f"{key}_psnr_brain"] for key in MAPS]) for one in scores], kind="stable")
+        places = {"worst": 0, "median": len(order) // 2, "best": len(order) - 1}
+        shown: dict[str, int] = {}
+        one = len(order) == 1 and "median" in self.pictures  # it is no failure
+        for name in ("median",) if one else self.pictures:  # of two subjects, no subject twice
+            if (row := int(order[places[name]])) not in shown.values():
+                shown[name] = row
+        what = (
+            "rows axial, coronal, sagittal; radiological: the patient's right on the left, anterior on the left of "
+            f"sagittal slices; errors and standard deviations times {ERROR_GAIN}; contains synthetic images"
+        )
+        for name in PICTURES:
+            for key in MAPS:
+                path = self.folder / f"{name}_{key}.png"
+                if name in shown:
+                    save_marked_png(self.pictures_of[shown[name]][key], path, {"Comment": f"{what}; {INTENDED_USE}"})
+                else:  # a picture of an earlier evaluation in this folder would be misread
+                    path.unlink(missing_ok=True)
+
+
+def _without_nan(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in line.items()}

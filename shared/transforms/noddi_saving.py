@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NODDI maps on disk: one NIfTI file each, at twice the resolution, in the axis order of the diffusion MRI."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from monai.utils import MetaKeys
+from nibabel import orientations
+
+from shared.files import atomic_path, save_json, sha256_of_file
+from shared.inferers import chosen
+from shared.nifti_files import DESCRIPTION
+from shared.noddi_items import name_of
+from shared.pair_checks import grid_distance
+from shared.pictures import INTENDED_USE, made_with
+from shared.resolution import doubled_affine
+from shared.result_files import ResultFiles, path_of, remove_earlier
+from shared.transforms.prompts import is_monai_label_request
+
+# Millimetres that two programs may put the same voxel apart by rounding.
+_TOLERANCE = 1e-2
+_NIFTI_ALIGNED = 2
+
+
+class SaveNoddiMapsd(MapTransform):
+    """Write `<name>_ndi.nii.gz`, `<name>_odi.nii.gz`, `<name>_fwf.nii.gz` and `<name>.json` beside them.
+
+    With standard deviations also `<name>_ndi_sd.nii.gz`, .... Files are float32 on the grid with twice the resolution
+    of the diffusion MRI over the same field of view, with its axis order (features are in RAS orientation, files go
+    back to that of the input) and sform = qform; a sheared affine, which a qform cannot hold, is in the sform alone.
+    Maps are clipped to [0, 1], standard deviations to 0 and more.
+
+    `monai.transforms.SaveImaged` does not fit: it writes all channels into one 4-D file (and with `resample` moves
+    voxels between them, as it takes them for an axis of space), in place, names nothing as synthetic, and overwrites
+    the maps of another input of the same name.
+    `shared.nifti_files.write_nifti` copies the geometry of a file; here a new one is written.
+
+    The same input overwrites what an earlier run wrote for it. Of another input with the same name the files are kept
+    and the new ones are called `<name>_1_ndi.nii.gz`, .... A file that no run wrote, such as a true map, is never
+    overwritten.
+
+    Afterwards the key holds what was saved, still in the orientation of the features: a MetaTensor whose metadata are
+    those of the doubled grid (`affine`, and of the file `original_affine` and `spatial_shape`), so that MONAI's own
+    transforms turn a map to the file's axes too. In a MONAI Label request nothing is written.
+
+    Args:
+        keys: maps `(M, 2X, 2Y, 2Z)` in [0, 1] for the M names, or `(2M, ...)`: means, then standard deviations.
+        output_dir: folder, made when missing.
+        reference_key: features `(F, X, Y, Z)` as `shared.transforms.diffusion_mri` loads them: a MetaTensor with its
+            affine, `original_affine` (of the file) and `filename_or_obj`.
+        map_names: of the channels, used in the names of files.
+        source: folder below which the inputs lie: their subfolders are kept below `output_dir`; a file or `None`: all
+            results go into `output_dir` itself.
+        name_key: key of the name of each item (`shared.noddi_items`); an item without it is called after its file.
+        weights_path: file whose SHA-256 is stated; `None` states null.
+        settings: stated in the JSON: seed, num_inference_steps, num_samples, deterministic, ...
+
+    Raises:
+        ValueError: maps of another shape or grid than the doubled one, features without their metadata, values
+            that are not finite, or a file in the way that no run wrote.
+        FileNotFoundError: no such weights.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection = "pred",
+        *,
+        output_dir: str | os.PathLike,
+        reference_key: str = "image",
+        map_names: Sequence[str] = ("ndi", "odi", "fwf"),
+        source: str | os.PathLike | None = None,
+        name_key: str = "name",
+        weights_path: str | os.PathLike | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(keys)
+        self.map_names = tuple(map_names)
+        if not self.map_names or len(set(self.map_names)) != len(self.map_names):
+            raise ValueError(f"map_names: expected one different name per map, got {list(map_names)}.")
+        self.results = ResultFiles(output_dir, source)
+        self.reference_key, self.name_key = reference_key, name_key
+        self.weights_path = weights_path
+        self.settings = {name: chosen(value) for name, value in settings.items()}
+        self._made_with: dict[str, Any] | None = None
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            features = self._features(d, key)
+            path = str(path_of(features))
+            maps = self._maps(d, key, features)
+            if not is_monai_label_request(d):
+                self._save(maps, path, features, str(d.get(self.name_key) or name_of(path)))
+            d[key] = MetaTensor(maps, affine=torch.from_numpy(_affine_of(features)), meta=_meta_of(features, path))
+        return d
+
+    def _features(self, data: Mapping[Hashable, Any], key: Hashable) -> MetaTensor:
+        features = data.get(self.reference_key)
+        wanted = ("filename_or_obj", MetaKeys.ORIGINAL_AFFINE)
+        missing = [str(name) for name in wanted if not isinstance(features, MetaTensor) or name not in features.meta]
+        if missing or path_of(features) is None:
+            raise ValueError(
+                f"{self.reference_key}: expected features with the file and grid that {key} goes back to "
+                f"({' and '.join(wanted)} in the metadata), got {_kind(features)} without "
+                f"{' and '.join(missing) or wanted[0]}; load with LoadDiffusionFeaturesd and keep MetaTensors."
+            )
+        assert isinstance(features, MetaTensor)
+        return features
+
+    def _maps(self, data: Mapping[Hashable, Any], key: Hashable, features: MetaTensor) -> torch.Tensor:
+        """Checked and clipped, float32 on the CPU."""
+        path, pred, count = path_of(features), data[key], len(self.map_names)
+        maps = torch.as_tensor(pred).detach().cpu().as_subclass(torch.Tensor).float()
+        grid = tuple(2 * n for n in features.shape[1:])
+        if maps.ndim != 4 or len(maps) not in (count, 2 * count) or tuple(maps.shape[1:]) != grid:
+            raise ValueError(
+                f"{key}: expected ({count} or {2 * count}, {', '.join(map(str, grid))}), twice the resolution of the "
+                f"features of {path}, got {tuple(maps.shape)}; give the maps as the sampler made them."
+            )
+        if isinstance(pred, MetaTensor):
+            _check_affine(pred, key, features)
+        if not torch.isfinite(maps).all():
+            raise ValueError(f"{key}: expected finite values for {path}, got NaN or infinity; try --amp False.")
+        # What follows the means are standard deviations, which have no upper end.
+        return torch.cat((maps[:count].clamp(0.0, 1.0), maps[count:].clamp(min=0.0)))
+
+    def _save(self, maps: torch.Tensor, path: str, features: MetaTensor, name: str) -> None:
+        original = np.asarray(features.meta[MetaKeys.ORIGINAL_AFFINE], dtype=np.float64)
+        values, affine = _as_in_file(maps.numpy(), _affine_of(features), original, path=path)
+        kinds = [*self.map_names, *(f"{name}_sd" for name in self.map_names)][: len(values)]
+        endings = {kind: f"_{kind}.nii.gz" for kind in kinds}
+        source_sha256 = sha256_of_file(path)
+        stem = self.results.claim(path, name, source_sha256=source_sha256, endings=list(endings.values()))
+        files = {kind: stem.name + ending for kind, ending in endings.items()}
+        # Hashing large weights takes seconds: once, not for each volume.
+        if self._made_with is None:
+            self._made_with = {**made_with(self.weights_path), "nibabel_version": nibabel.__version__}
+        description = {
+            "synthetic": True,
+            "intended_use": INTENDED_USE,
+            "unit": "fraction, [0, 1]",
+            "voxel_mm": [round(float(size), 6) for size in np.linalg.norm(affine[:3, :3], axis=0)],
+            "source_sha256": source_sha256,
+            **self.settings,
+            **self._made_with,
+        }
+        # The JSON first: it says whose the other files are, should the process end in between.
+        sidecar = stem.with_name(f"{stem.name}.json")
+        remove_earlier(sidecar, set(files.values()))
+        # The name of a file may be that of a patient: in the JSON beside the maps, not inside what is passed on.
+        save_json({**description, "source": Path(path).name, "files": files}, sidecar)
+        for kind, channel in zip(kinds, values, strict=True):
+            write_map(channel, stem.with_name(files[kind]), affine=affine, like=path)
+
+
+def write_map(values: np.ndarray, path: str | os.PathLike, *, affine: np.ndarray, like: str | os.PathLike) -> None:
+    """Write a map as gzipped NIfTI on a grid of its own; the same input gives the same bytes.
+
+    Args:
+        values: `(X, Y, Z)`, stored as float32 without slope and intercept.
+        path: file to write, `.nii.gz`.
+        affine: (4, 4) voxel indices to mm in RAS+, of the sform and, where it is free of shear, of the qform too.
+        like: NIfTI file whose kind of space (scanner, aligned, template) and units are taken, nothing else.
+    """
+    source: Any = nibabel.load(like)
+    image = nibabel.Nifti1Image(np.ascontiguousarray(values, dtype=np.float32), None)
+    space = int(source.header["sform_code"]) or int(source.header["qform_code"]) or _NIFTI_ALIGNED
+    image.header.set_sform(affine, code=space)
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    # A qform is a rotation and voxel sizes: written with shear it would contradict the sform.
+    orthogonal = np.allclose(axes.T @ axes, np.eye(3), atol=1e-4)
+    image.header.set_qform(affine, code=space if orthogonal else 0)
+    image.header["xyzt_units"] = source.header["xyzt_units"] & 7  # of space; there is no time
+    image.header["descrip"] = DESCRIPTION
+    image.header["intent_name"] = "synthetic"
+    with atomic_path(path) as temporary:
+        # nibabel picks the format by the name, which is a temporary one; a fixed time keeps the bytes the same.
+        temporary.write_bytes(gzip.compress(image.to_bytes(), compresslevel=4, mtime=0))
+
+
+def _affine_of(features: MetaTensor) -> np.ndarray:
+    """Of the doubled grid in the orientation of the features."""
+    return doubled_affine(features.affine.detach().cpu())
+
+
+def _meta_of(features: MetaTensor, path: str) -> dict[str, Any]:
+    """Metadata of maps, as if they had been loaded from a file on the doubled grid and turned like the features."""
+    meta = {name: value for name, value in features.meta.items() if name != MetaKeys.AFFINE}
+    meta[MetaKeys.ORIGINAL_AFFINE] = doubled_affine(meta[MetaKeys.ORIGINAL_AFFINE])
+    meta[MetaKeys.SPATIAL_SHAPE] = np.asarray(_doubled_shape(path))
+    return meta
+
+
+def _doubled_shape(path: str) -> tuple[int, ...]:
+    return tuple(2 * int(n) for n in nibabel.load(path).shape[:3])  # type: ignore[attr-defined]
+
+
+def _check_affine(pred: MetaTensor, key: Hashable, features: MetaTensor) -> None:
+    """Refuse maps that were moved; those of a sampler still have the affine of the features they were made from."""
+    affine = pred.affine.detach().cpu().double().numpy()
+    known = [_affine_of(features), features.affine.detach().cpu().double().numpy()]
+    apart = [grid_distance(pred.shape[1:], affine, other) for other in known]
+    if min(apart) > _TOLERANCE:
+        raise ValueError(
+            f"{key}: expected the affine of the doubled grid of {path_of(features)} (or that of its features, as the "
+            f"sampler leaves it), got one that puts voxels up to {min(apart):.3g} mm apart; save before other spatial "
+            "transforms."
+        )
+
+
+def _as_in_file(
+    maps: np.ndarray, affine: np.ndarray, original: np.ndarray, *, path: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Maps `(N, 2X, 2Y, 2Z)` turned to the axis order of the file, and their affine: the doubled one of the file."""
+    turn = orientations.ornt_transform(orientations.io_orientation(affine), orientations.io_orientation(original))
+    turned = affine @ orientations.inv_ornt_aff(turn, maps.shape[1:])
+    wanted = doubled_affine(original)
+    values = np.stack([orientations.apply_orientation(channel, turn) for channel in maps])
+    apart = grid_distance(values.shape[1:], turned, wanted)
+    stored = _doubled_shape(path)
+    if apart > _TOLERANCE or values.shape[1:] != stored:
+        raise ValueError(
+            f"{path}: expected features on the grid of the file, turned to another orientation at most, got maps "
+            f"{values.shape[1:]} for {stored} with voxels up to {apart:.3g} mm apart; leave out transforms that crop, "
+            "pad or resample the features."
+        )
+    return values, wanted
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else type(value).__name__
