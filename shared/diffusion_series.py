@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel
 import numpy as np
 import torch
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from scipy import ndimage
 
-from shared.gradients import GradientTable, gradients_beside, read_gradients
-from shared.pair_checks import orientation_of
-from shared.transforms.volumes import VOLUME_SUFFIXES, VolumeFile
+from shared.gradient_files import gradients_beside
+from shared.gradients import GradientTable, read_gradients
+from shared.transforms.volumes import VOLUME_SUFFIXES, VolumeFile, grey_file, open_header, unreadable
 
 _FOREGROUND = 0.1  # of the 99th percentile of b0: below tissue (about 0.3 of CSF), above the noise of air
 
@@ -53,14 +52,8 @@ class Series:
                     values *= np.float32(proxy.slope)
                     values += np.float32(proxy.inter)
         except Exception as error:  # gzip, zlib, struct, nibabel and numpy each raise their own kind
-            raise _unreadable(self.file.path, error) from error
+            raise unreadable(self.file.path, error) from error
         return apply_orientation(values, self.axes)
-
-
-def _unreadable(path: str, error: Exception) -> ValueError:
-    return ValueError(
-        f"{path}: expected a readable file, but got ({type(error).__name__}: {error}); copy it anew or remove it"
-    )
 
 
 def ras_affine_of(file: VolumeFile) -> np.ndarray:
@@ -80,24 +73,13 @@ def open_series(path: str) -> Series:
         raise FileNotFoundError(f"{path}: expected a 4-D series, but it does not exist; correct the path")
     if not path.lower().endswith(VOLUME_SUFFIXES):
         raise ValueError(f"{path}: expected a file .nii or .nii.gz; convert it (dcm2niix for DICOM)")
-    try:
-        image: Any = nibabel.load(path)
-        shape, affine = tuple(int(n) for n in image.shape), np.asarray(image.affine, dtype=np.float64)
-        kind = np.dtype(image.dataobj.dtype)
-    except Exception as error:  # as above
-        raise _unreadable(path, error) from error
+    image, shape = open_header(path)
     if len(shape) != 4 or 0 in shape or shape[3] < 2:
         raise ValueError(
             f"{path}: expected a 4-D diffusion-weighted series (X, Y, Z, volumes), but got the shape {shape}; merge "
             "the volumes into one file (fslmerge -t, mrcat)"
         )
-    if kind.kind not in "iuf":
-        raise ValueError(f"{path}: expected grey values, but got voxels of the type {kind}; convert the file")
-    try:
-        orientation_of(affine)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; repair the header or export the file anew") from error
-    return Series(VolumeFile(path, (shape[0], shape[1], shape[2]), affine, image.dataobj), shape[3])
+    return Series(grey_file(path, image, shape[:3]), shape[3])
 
 
 def path_of(item: Mapping[Hashable, Any], keys: Sequence[Hashable]) -> str | None:
@@ -119,13 +101,17 @@ def series_of(item: Mapping[Hashable, Any]) -> Series | None:
     return None if path is None else open_series(path)
 
 
+def gradient_files_of(item: Mapping[Hashable, Any], dwi: str) -> tuple[str, str]:
+    """The files of b-values and of directions that an item names, else those beside its series `dwi`."""
+    files = {key: path for key in ("bval", "bvec") if (path := path_of(item, (key,)))}
+    if len(files) < 2:
+        files = gradients_beside(dwi) | files
+    return files["bval"], files["bvec"]
+
+
 def table_of(item: Mapping[Hashable, Any], series: Series) -> GradientTable:
-    """The table named in the item, or beside the series under its stem."""
-    bval, bvec = (path_of(item, (key,)) for key in ("bval", "bvec"))
-    if bval is None or bvec is None:
-        beside = gradients_beside(series.file.path)
-        bval, bvec = bval or beside[0], bvec or beside[1]
-    return read_gradients(bval, bvec, num_volumes=series.num_volumes)
+    """The table of an item's series."""
+    return read_gradients(*gradient_files_of(item, series.file.path), num_volumes=series.num_volumes)
 
 
 def voxels_in_ras(file: VolumeFile) -> np.ndarray:

@@ -16,7 +16,6 @@ import numpy as np
 B0_MAX = 50.0  # s/mm2; volumes up to here count as not diffusion-weighted (scanners write 0, 5, 10, ...)
 NORM_TOLERANCE = 0.02  # longer or shorter vectors encode a b-value, or are damaged
 _UNIT_RANGE = (50.0, 50_000.0)  # s/mm2; a largest b-value outside is in another unit
-_SUFFIXES = (".nii.gz", ".nii")
 
 
 @dataclass(frozen=True)
@@ -75,25 +74,6 @@ class GradientTable:
             else:
                 groups.append([int(index)])
         return [Shell(float(self.bvals[group].mean()), np.sort(np.asarray(group, np.int64))) for group in groups]
-
-
-def gradients_beside(dwi: str | os.PathLike) -> tuple[str, str]:
-    """The files `<stem>.bval` and `<stem>.bvec` beside a series `<stem>.nii.gz` or `<stem>.nii`.
-
-    Raises:
-        FileNotFoundError: one of them is missing. The message starts with the path of the series.
-    """
-    path = Path(dwi)
-    suffix = next((s for s in _SUFFIXES if path.name.lower().endswith(s)), path.suffix)
-    stem = path.name[: len(path.name) - len(suffix)]
-    found = [path.with_name(stem + kind) for kind in (".bval", ".bvec")]
-    for file in found:
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{path}: expected its gradient table beside it, but {file.name} does not exist; copy the file there "
-                "(dcm2niix writes both) or name it in the item"
-            )
-    return str(found[0]), str(found[1])
 
 
 def _read_rows(path: str | os.PathLike, what: str) -> list[list[float]]:

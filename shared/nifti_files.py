@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generated volumes as NIfTI files that keep the geometry of their input and say that they are synthetic."""
+"""NIfTI files: written whole, the same input giving the same bytes; generated ones say that they are synthetic."""
 
 from __future__ import annotations
 
@@ -19,27 +19,74 @@ _GEOMETRY = (
     "pixdim", "xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
     "sform_code", "srow_x", "srow_y", "srow_z",
 )  # fmt: skip
+_ALIGNED = 2  # NIfTI code of a world whose origin is anywhere
+
+
+def space_of(image: Any) -> int:
+    """NIfTI code of the world that an image's affine leads to: of its sform, else of its qform; 0: none is known."""
+    return int(image.header["sform_code"]) or int(image.header["qform_code"])
+
+
+def grid_image(
+    values: np.ndarray, affine: np.ndarray, *, code: int = 1, slope: float = 1.0, description: str = ""
+) -> nibabel.Nifti1Image:
+    """An image in mm on a grid of its own.
+
+    Args:
+        values: ``(X, Y)``, ``(X, Y, Z)`` or ``(X, Y, Z, N)``, stored in their type.
+        affine: (4, 4) voxel indices to mm in RAS+, of the sform and, where it is free of shear, of the qform too: a
+            qform is a rotation and voxel sizes, and would contradict the sform.
+        code: NIfTI code of the world; 0 becomes 2 (aligned), as readers ignore an affine without one.
+        slope: what a stored level stands for.
+        description: for the header, at most 79 bytes.
+    """
+    image = nibabel.Nifti1Image(values, affine)
+    image.header.set_slope_inter(slope, 0)
+    image.header.set_xyzt_units("mm")
+    image.header["descrip"] = description
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    orthogonal = np.allclose(axes.T @ axes, np.eye(3), atol=1e-4)
+    image.set_sform(affine, code or _ALIGNED)
+    image.set_qform(affine, (code or _ALIGNED) if orthogonal else 0)
+    return image
+
+
+def save_image(image: Any, path: str | os.PathLike) -> None:
+    """Write an image as ``.nii.gz``, atomically."""
+    with atomic_path(path) as temporary:
+        # nibabel picks the format by the name, which is a temporary one; a fixed time keeps the bytes the same.
+        temporary.write_bytes(gzip.compress(image.to_bytes(), compresslevel=4, mtime=0))
 
 
 def write_nifti(
-    values: np.ndarray, path: str | os.PathLike, *, like: str | os.PathLike, dtype: type[np.generic] = np.float32
+    values: np.ndarray,
+    path: str | os.PathLike,
+    *,
+    like: str | os.PathLike,
+    affine: np.ndarray | None = None,
+    dtype: type[np.generic] = np.float32,
 ) -> None:
-    """Write voxels as gzipped NIfTI with the geometry of another file; the same input gives the same bytes.
+    """Write generated voxels as gzipped NIfTI with the geometry of another file, or on a grid of their own.
 
     Only the geometry is copied: other fields and extensions of a header may name the patient.
 
     Args:
-        values: ``(X, Y, Z)``, reshaped to the shape of ``like``.
+        values: ``(X, Y, Z)``, reshaped to the shape of ``like`` unless there is an ``affine``.
         path: file to write, ``.nii.gz``.
         like: NIfTI file whose qform, sform, voxel size and units are taken, bit for bit.
+        affine: (4, 4) voxel indices to mm in RAS+, see ``grid_image``; of ``like`` only the kind of space (scanner,
+            aligned, template) and the units are taken then. None: as above.
         dtype: type of the voxels on disk, stored without slope and intercept: float32, or uint8 for labels.
     """
     source: Any = nibabel.load(like)
-    image = type(source)(np.asarray(values, dtype=dtype).reshape(source.shape), None)
-    for name in _GEOMETRY:
-        image.header[name] = source.header[name]
+    values = np.asarray(values, dtype=dtype)
+    if affine is None:
+        image = type(source)(values.reshape(source.shape), None)
+        for name in _GEOMETRY:
+            image.header[name] = source.header[name]
+    else:
+        image = grid_image(values, affine, code=space_of(source))
+        image.header["xyzt_units"] = source.header["xyzt_units"] & 7  # of space; there is no time
     image.header["descrip"] = DESCRIPTION
     image.header["intent_name"] = "synthetic"
-    with atomic_path(path) as temporary:
-        # nibabel picks the format by the name, which is a temporary one; a fixed time keeps the bytes the same.
-        temporary.write_bytes(gzip.compress(image.to_bytes(), compresslevel=4, mtime=0))
+    save_image(image, path)

@@ -135,6 +135,24 @@ class DeterministicScheduler(Scheduler):
         self._levels = [(1.0 / math.hypot(1.0, ratio), ratio / math.hypot(1.0, ratio)) for ratio in (*ratios, 0.0)]
         self._position = 0
 
+    def start_from(self, clean: torch.Tensor, noise: torch.Tensor, start: float) -> tuple[torch.Tensor, list[int]]:
+        """Noise an estimate to a level on the way, to be called after ``set_timesteps`` (arXiv:2112.05146).
+
+        Args:
+            clean: estimate of ``x_0``.
+            noise: standard normal, same shape.
+            start: share of the training timesteps in (0, 1]; the sample begins at the first timestep of the plan below
+                ``start * T``; at least one step is left. 1 begins at the noisiest level.
+
+        Returns:
+            ``x`` at that level and the timesteps that remain.
+        """
+        limit = start * self.num_train_timesteps
+        skipped = min(sum(timestep >= limit for timestep in self._plan), len(self._plan) - 1)
+        self._position = skipped
+        alpha, sigma = self._levels[skipped]
+        return alpha * clean + sigma * noise, self._plan[skipped:]
+
     def _karras_ratios(self, n: int) -> list[float]:
         start, stop = (ratio ** (1.0 / KARRAS_RHO) for ratio in (self._sigma_ratio[-1], self._sigma_ratio[0]))
         return [(start + (stop - start) * i / max(n - 1, 1)) ** KARRAS_RHO for i in range(n)]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ def _cell(value: Any) -> Any:
     if value is None:
         return ""
     return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def without_nan(line: Mapping[str, Any]) -> dict[str, Any]:
+    """What there was nothing to measure in as an empty cell; infinite distances stay."""
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in line.items()}
 
 
 def summary_text(summary: Sequence[Mapping[str, Any]]) -> str:

@@ -47,7 +47,13 @@ FORWARDED = {
     "shared.metrics.measures._Diversity": {"kernel_size"},
     # Settings that are stated beside a result.
     "shared.transforms.mask_saving.SaveSegmentationd": {"seed", "num_inference_steps"},
-    "shared.transforms.noddi_saving.SaveNoddiMapsd": {"seed", "num_samples", "num_inference_steps", "deterministic"},
+    "shared.transforms.noddi_saving.SaveNoddiMapsd": {
+        "seed",
+        "num_samples",
+        "num_inference_steps",
+        "deterministic",
+        "start",
+    },
 }
 
 _REFERENCE = re.compile(r"@((?:[A-Za-z_]\w*)(?:#\w+)*)")

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel
+import numpy as np
 import torch
 
+from shared.datalist import load_datalist
 from tests.bundle_runs import BundleRuns
 from tests.bundle_tools import read
 from tests.conftest import ROOT
@@ -28,9 +32,7 @@ AUTOENCODER = {**TINY["autoencoder_def"], "num_hiddens": 4, "num_embeddings": 32
 JUDGE = {"num_layers_d": 1, "channels": 4}
 DISCRIMINATOR = {
     **TINY["discriminator_def"],
-    **{
-        name: {**TINY["discriminator_def"][name], **JUDGE} for name in ("slice_discriminator", "volume_discriminator")
-    },
+    **{name: {**TINY["discriminator_def"][name], **JUDGE} for name in ("slice_discriminator", "volume_discriminator")},
 }
 ENCODER = {
     **TINY["encoder_def"],
@@ -44,7 +46,9 @@ UNET = {
 BASELINE = {**TINY["baseline_def"], "divisor": 2}
 BASELINE["unet"] = {**BASELINE["unet"], "channels": [4, 8], "strides": [2], "num_res_units": 1}
 SMALL: dict[str, Any] = {"patch_size": [PATCH] * 3, "device": "$torch.device('cpu')"}
-MODEL = {**SMALL, "autoencoder_def": AUTOENCODER, "encoder_def": ENCODER, "unet_def": UNET}
+# As published, whatever the demonstration takes.
+SCHEDULE = read(ROOT / "bundles/dmri2noddi/configs/train.json")["noise_schedule"]
+MODEL = {**SMALL, "noise_schedule": SCHEDULE, "autoencoder_def": AUTOENCODER, "encoder_def": ENCODER, "unet_def": UNET}
 TRAINING = {
     **{"max_epochs": 2, "batch_size": 4, "num_workers": 0, "tracking_uri": "", "learning_rate": 0.01},
     **{"patch_stride": [PATCH] * 3, "min_foreground": 0.3},
@@ -63,7 +67,6 @@ STAGES: dict[str, dict[str, Any]] = {
 TRAININGS = ("train_vqgan", "train_encoder", "train", "train_baseline")
 RELEASED = {"train_vqgan": "stages/vqgan", "train_encoder": "stages/encoder", "train": "model"}
 RELEASED |= {"train_baseline": "stages/baseline"}
-ONE_MAP = {"one_map": True}
 
 
 class DmriRuns(BundleRuns):
@@ -142,3 +145,44 @@ def rewritten(dataset: Path, folder: Path, change: Callable[[dict[str, Any]], No
     change(content)
     (folder / "datalist.json").write_text(json.dumps(content))
     return folder
+
+
+# What is read, by nibabel and numpy alone: the phantoms lie in RAS order
+
+
+def voxels(item: dict[str, Any], key: str) -> np.ndarray:
+    return np.asarray(nibabel.load(item[key]).dataobj, dtype=np.float32)
+
+
+def patch_of(volume: np.ndarray, item: dict[str, Any], factor: int = 1) -> torch.Tensor:
+    """Padded with zeros behind."""
+    start, size = ([factor * n for n in item[key]] for key in ("patch", "patch_size"))
+    padded = np.pad(volume, [(0, 0), *((0, n) for n in size)])
+    return torch.from_numpy(padded[(slice(None), *(slice(a, a + n) for a, n in zip(start, size, strict=True)))].copy())
+
+
+def true_maps(item: dict[str, Any]) -> torch.Tensor:
+    return patch_of(np.stack([voxels(item, key) for key in MAPS]), item, 2)
+
+
+def patches(phantoms: Path, section: str) -> list[dict[str, Any]]:
+    """Patches of ``PATCH`` side by side, the last flush with the end, that hold enough of the brain."""
+    result = []
+    for item in load_datalist(phantoms, section):
+        mask = voxels(item, "mask")[None]
+        starts = [[*range(0, side - PATCH, PATCH), side - PATCH] for side in LR_SHAPE]
+        for start in itertools.product(*starts):
+            place = {**item, "patch": list(start), "patch_size": [PATCH] * 3}
+            if patch_of(mask, place, 2).mean() >= 0.3:
+                result.append(place)
+    return result
+
+
+def check_maps(phantoms: Path, root: Path, folder: Path, stage: str = "inference", **overrides: Any) -> None:
+    """Make maps of the test section with the models of ``root``: three for each series, no two alike."""
+    DMRI.execute(stage, phantoms, ckpt_dir=str(root / "models"), output_dir=str(folder), **overrides)
+    for item in load_datalist(phantoms, "test"):
+        stem = folder / f"subjects/{item['subject']}/{item['subject']}"
+        found = [nibabel.load(f"{stem}_{name}.nii.gz") for name in MAPS]
+        assert [image.shape for image in found] == [HR_SHAPE] * 3
+        assert len({np.asarray(image.dataobj).tobytes() for image in found}) == 3

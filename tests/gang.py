@@ -26,7 +26,7 @@ from shared.handlers.guard import GradientGuard, NonFiniteLossError
 from shared.handlers.metrics_csv import MetricsCsv
 from shared.losses import NoiseAndLatentLoss
 from shared.prepare_batch import SegmentationBatch
-from tests import sdseg_runs
+from tests import dmri_runs, sdseg_runs
 from tests.bundle_tools import read
 from tests.conftest import ROOT
 from tests.test_engines import make_trainer
@@ -52,8 +52,18 @@ STAGES: dict[str, dict[str, Any]] = {
         **{"max_epochs": 3, "batch_size": 2, "preview_interval": 3, "accumulation_steps": 2},
     },
 }
+# Of a codebook, an adaptive weight and measured statistics, which the stages above have not: whole trainings alone.
+NODDI: dict[str, dict[str, Any]] = {
+    f"noddi {stage}": {
+        **{**dmri_runs.STAGES[stage], "bundle_root": str(dmri_runs.DMRI.folder), "batch_size": 2},
+        **({} if stage == "train_encoder" else {"preview_interval": 9}),
+    }
+    for stage in dmri_runs.TRAININGS[:3]
+}
 # What is not a stage of cxr_ldm under its own name.
 CONFIGS = {"segmentation": (sdseg_runs.SDSEG.folder, "train")}
+CONFIGS |= {stage: (dmri_runs.DMRI.folder, stage.split()[1]) for stage in NODDI}
+ADVERSARIAL = ("train_autoencoder", "noddi train_vqgan")
 
 
 class Interruption(Exception):
@@ -70,14 +80,19 @@ def train_stage(stage: str, folder: Path, crash_at: int | None = None, *, is_las
     bundle, config = CONFIGS.get(stage, (BUNDLE, stage))
     data = folder.parent / "data" / bundle.name
     # Copied: MONAI writes overrides into the dictionaries that it is given.
-    options = {**copy.deepcopy(STAGES[stage]), "dataset_dir": str(data)}
+    options = {**copy.deepcopy((STAGES | NODDI)[stage]), "dataset_dir": str(data)}
     options |= {"ckpt_dir": str(own / "models" / bundle.name), "output_dir": str(own / "runs" / stage)}
-    if stage != "train_autoencoder":
+    if stage not in ADVERSARIAL:
         options["latent_cache_dir"] = str(own / "runs/latents")
     if stage == "train":
         options["autoencoder#path"] = str(folder / "models" / bundle.name / "stages/autoencoder.pt")
     if stage == "segmentation":
         options["autoencoder_weights"] = str(data / "autoencoder.pt")
+    if stage in NODDI:
+        options["volume_cache_dir"] = str(data / "volumes")
+        earlier = {"autoencoder_weights": "vqgan", "encoder_weights": "encoder"}
+        for key in [key for key in earlier if key in read(bundle / f"configs/{config}.json")]:
+            options[key] = str(data / f"models/stages/{earlier[key]}.pt")
     workflow = ConfigWorkflow(
         config_file=[str(bundle / "configs" / f"{name}.json") for name in (config, "multi_gpu_train", "tiny")],
         logging_file=False,
@@ -111,7 +126,9 @@ def train_stage(stage: str, folder: Path, crash_at: int | None = None, *, is_las
         "scale_factor": float(getattr(unwrapped(content("network")), "scale_factor", 1.0)),
         "files": sorted(str(path.relative_to(own)) for path in own.rglob("*") if path.is_file()),
     }
-    for name in ("network", "discriminator") if stage == "train_autoencoder" else ("network",):
+    buffers = unwrapped(content("network")).named_buffers()
+    result["buffers"] = sha256_of_state(dict(buffers))
+    for name in ("network", "discriminator") if stage in ADVERSARIAL else ("network",):
         parameters = unwrapped(content(name)).named_parameters()
         result[name] = sha256_of_state({key: parameter.detach() for key, parameter in parameters})
     if is_last:
@@ -236,6 +253,8 @@ def main(folder: Path) -> None:
     for policy in ("skip", "stop"):
         for where in ("gradient", "loss"):
             results[f"{policy} {where}"] = train_with_bad_batch(policy, in_gradient=where == "gradient")
+    for stage in NODDI:
+        results[f"{stage} whole"] = train_stage(stage, folder / "whole")
     for stage in STAGES:
         results[f"{stage} whole"] = train_stage(stage, folder / "whole")
         crashed = train_stage(stage, folder / "broken", crash_at=3)

@@ -162,7 +162,7 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> Runner:
     fake = Runner()
     monkeypatch.setattr(subprocess, "run", fake)
     # `git` is asked for the commit by the same function.
-    monkeypatch.setattr("shared.handlers.segmentation_results.git_commit", lambda folder: "abc")
+    monkeypatch.setattr("shared.handlers.cost.git_commit", lambda folder: "abc")
     return fake
 
 

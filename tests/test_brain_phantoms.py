@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from scipy.ndimage import binary_dilation, binary_erosion
 
 from shared.datalist import SECTIONS, find_leaks, load_datalist, read_datalist
+from tests.conftest import digest
 from tools.phantoms.__main__ import main
 from tools.phantoms.brain_anatomy import Head, coordinates, draw_head, draw_waves
 from tools.phantoms.brain_controlnet import _store, make_dataset, make_subject
@@ -262,14 +262,6 @@ def test_stored_orders_show_the_same_head() -> None:
 
 
 # dataset folder
-
-
-def digest(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")

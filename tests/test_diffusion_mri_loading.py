@@ -163,9 +163,11 @@ def test_a_series_under_image_finds_the_table_beside_it(tmp_path: Path):
     expected = load_features(item, FEATURES)
     label = {"image": item["dwi"], "mask": item["mask"]}
     assert torch.equal(LoadDiffusionFeaturesd(features=FEATURES)(label)["image"], expected)
-    (tmp_path / "dwi.bval").unlink()
-    with pytest.raises(FileNotFoundError, match=r"dwi\.nii\.gz: expected its gradient table beside it, but dwi\.bval"):
+    (tmp_path / "dwi.bval").rename(tmp_path / "bvals")
+    with pytest.raises(FileNotFoundError, match=r"dwi\.nii\.gz: expected its gradients beside it, but dwi\.bval"):
         LoadDiffusionFeaturesd(features=FEATURES)(label)
+    (tmp_path / "dwi.bvec").rename(tmp_path / "bvecs")  # as HCP has them
+    assert torch.equal(LoadDiffusionFeaturesd(features=FEATURES)(label)["image"], expected)
 
 
 def test_integers_are_scaled_by_the_header(tmp_path: Path):

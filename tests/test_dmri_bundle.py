@@ -3,43 +3,39 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
 
-import nibabel
-import numpy as np
 import pytest
 import torch
 
 from shared.datalist import load_datalist
 from shared.files import sha256_of_file
-from shared.handlers.early_stopping import EarlyStopping
 from shared.handlers.time_limit import TimeLimit
 from shared.transforms.diffusion_mri import load_features
 from tests.bundle_runs import curve
 from tests.bundle_tools import STANDALONE
 from tests.dmri_runs import (
-    DIRECTIONS,
     DMRI,
-    HR_SHAPE,
-    LR_SHAPE,
-    MAPS,
     PATCH,
     RELEASED,
     TRAININGS,
     changed,
+    check_maps,
     copy_stages,
     make_phantoms,
     network,
     part,
+    patch_of,
+    patches,
+    true_maps,
     weights,
 )
 
 stages = pytest.mark.parametrize("stage", TRAININGS)
 with_latents = pytest.mark.parametrize("stage", ["train_encoder", "train"])
-METRIC = {stage: "noise_mae" if stage == "train" else "mean_absolute_error" for stage in TRAININGS}
+METRIC = {stage: "denoising_mae" if stage == "train" else "mean_absolute_error" for stage in TRAININGS}
 
 
 @pytest.fixture(scope="module")
@@ -84,43 +80,14 @@ def values(run: Path, phase: str, name: str) -> list[float]:
     return [float(row[4]) for row in curve(run, phase, name)]
 
 
-# What is read, by nibabel and numpy alone: the phantoms lie in RAS order
-
-
-def voxels(item: dict[str, Any], key: str) -> np.ndarray:
-    return np.asarray(nibabel.load(item[key]).dataobj, dtype=np.float32)
-
-
-def patch_of(volume: np.ndarray, item: dict[str, Any], factor: int = 1) -> torch.Tensor:
-    """Padded with zeros behind."""
-    start, size = ([factor * n for n in item[key]] for key in ("patch", "patch_size"))
-    padded = np.pad(volume, [(0, 0), *((0, n) for n in size)])
-    return torch.from_numpy(padded[(slice(None), *(slice(a, a + n) for a, n in zip(start, size, strict=True)))].copy())
-
-
-def true_maps(item: dict[str, Any]) -> torch.Tensor:
-    return patch_of(np.stack([voxels(item, key) for key in MAPS]), item, 2)
-
-
-def patches(phantoms: Path, section: str) -> list[dict[str, Any]]:
-    """Patches of ``PATCH`` side by side, the last flush with the end, that hold enough of the brain."""
-    result = []
-    for item in load_datalist(phantoms, section):
-        mask = voxels(item, "mask")[None]
-        starts = [[*range(0, side - PATCH, PATCH), side - PATCH] for side in LR_SHAPE]
-        for start in itertools.product(*starts):
-            place = {**item, "patch": list(start), "patch_size": [PATCH] * 3}
-            if patch_of(mask, place, 2).mean() >= 0.3:
-                result.append(place)
-    return result
-
-
 def start_of(item: dict[str, Any]) -> tuple[str, tuple[int, ...]]:
     return item["dwi"], tuple(item["patch"])
 
 
 def test_every_section_has_its_use(phantoms, trained, tmp_path):
-    expected = {section: [start_of(item) for item in patches(phantoms, section)] for section in ("training", "validation")}
+    expected = {
+        section: [start_of(item) for item in patches(phantoms, section)] for section in ("training", "validation")
+    }
     assert len(expected["training"]) > len(expected["validation"]) > 5
     for stage in TRAININGS:
         with DMRI.small(stage, phantoms, options_of(trained, stage, tmp_path)) as workflow:
@@ -142,7 +109,10 @@ def test_stage_1_trains_network_codes_and_late_discriminators(trained):
     assert {row[3] for row in curve(run, "validation")} == {"mean_absolute_error", "peak_signal_to_noise_ratio"}
     always = {"loss", "reconstruction", "commitment", "perplexity", "usage", "learning_rate", "gradient_norm"}
     late = {"generator", "discriminator", "adversarial_factor"}
-    assert [{row[3] for row in curve(run, "train") if row[0] == epoch} - always for epoch in ("1", "2")] == [set(), late]
+    assert [{row[3] for row in curve(run, "train") if row[0] == epoch} - always for epoch in ("1", "2")] == [
+        set(),
+        late,
+    ]
     assert {row[3] for row in curve(run, "train")} == always | late
     first, second = values(run, "train", "reconstruction")
     assert second < first
@@ -164,7 +134,8 @@ def test_released_are_the_averaged_weights_of_the_best_epoch(stage, trained):
     run, name = trained / f"runs/{stage}", METRIC[stage]
     measured = values(run, "validation", name)
     assert said["metric"][name] == pytest.approx(measured[said["epoch"] - 1], rel=1e-5) == min(measured)
-    assert checkpoint(run, 2)["best"]["best"] == pytest.approx(min(measured), rel=1e-5)
+    for state in ("best", "early_stopping"):
+        assert checkpoint(run, 2)[state]["best"] == pytest.approx(min(measured), rel=1e-5)
     assert values(run, "train", "loss")[1] < values(run, "train", "loss")[0]
     saved = checkpoint(run, said["epoch"])
     released = weights(trained, RELEASED[stage])
@@ -293,11 +264,12 @@ def test_validation_of_the_noise_is_fixed(phantoms, trained, tmp_path):
         errors, device = [], torch.device("cpu")
         for batch in content("validate#dataloader"):
             one, two = (content("validate#prepare_batch")(batch, device) for _ in range(2))
-            assert torch.equal(one[3]["noisy"], two[3]["noisy"]) and torch.equal(one[1], two[1])
+            assert torch.equal(one[3]["noisy"], two[3]["noisy"])
+            assert torch.equal(one[1], two[1])
             errors.append((model(one[0], **one[3]) - one[1]).abs().flatten(1).mean(dim=1))
             one, two = (content("train#prepare_batch")(batch, device) for _ in range(2))
             assert not torch.equal(one[1], two[1])
-    said = json.loads((trained / "models/model.json").read_text())["metric"]["noise_mae"]
+    said = json.loads((trained / "models/model.json").read_text())["metric"]["denoising_mae"]
     assert torch.cat(errors).mean().item() == pytest.approx(said, rel=1e-4)
 
 
@@ -327,11 +299,14 @@ def test_features_and_maps_are_flipped_together(stage, phantoms, trained, tmp_pa
     for probability in (0.0, 1.0):
         with DMRI.small(stage, phantoms, options | {"flip_probability": probability}) as workflow:
             content = workflow.parser.get_parsed_content
-            items.append(content("train#dataset")[3] | {"kept": content("validate#dataset")[3]["image" if stage == "train_baseline" else "maps"] if stage != "train" else torch.zeros(1)})
-    for key in {"image", "maps"} & items[0].keys():
-        first, second = (torch.as_tensor(item[key]).as_subclass(torch.Tensor) for item in items)
-        assert torch.equal(first.flip(1), second) and not torch.equal(first, second)
-    assert torch.equal(*(torch.as_tensor(item["kept"]).as_subclass(torch.Tensor) for item in items))
+            items.append({name: content(f"{name}#dataset")[3] for name in ("train", "validate")})
+    for name, axes in (("train", [1]), ("validate", [])):
+        one, two = (item[name] for item in items)
+        assert one.keys() == two.keys()
+        for key in {"image", "maps"} & one.keys():
+            first, second = (torch.as_tensor(item[key]).as_subclass(torch.Tensor) for item in (one, two))
+            assert torch.equal(first.flip(axes), second)
+            assert not torch.equal(first, first.flip(1))
 
 
 @pytest.mark.parametrize("stage", ["train_encoder", "train", "train_baseline"])
@@ -347,10 +322,19 @@ def test_stages_end_early_and_in_time_as_asked(stage, phantoms, trained, tmp_pat
     for minutes, patience in (("", 7), (3.5, "")):
         options = options_of(trained, stage, tmp_path) | {"max_minutes": minutes, "patience": patience}
         with DMRI.small(stage, phantoms, options) as workflow:
-            handlers = workflow.parser.get_parsed_content("train#handlers")
+            handlers, early = (
+                workflow.parser.get_parsed_content(f"train#{key}") for key in ("handlers", "early_stopping")
+            )
         assert [one.minutes for one in handlers if isinstance(one, TimeLimit)] == ([minutes] if minutes else [])
-        (early,) = (one for one in handlers if isinstance(one, EarlyStopping))
         assert (early.patience, early.metric, early.lower_is_better) == (patience or 0, METRIC[stage], True)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_adaptive_weight_is_an_option(wanted, phantoms, trained, tmp_path):
+    options = options_of(trained, "train_vqgan", tmp_path) | {"adaptive_weight": wanted}
+    with DMRI.small("train_vqgan", phantoms, options) as workflow:
+        trainer, net = (workflow.parser.get_parsed_content(key) for key in ("train#trainer", "network_def"))
+    assert trainer.adaptive_weight_of is (net.last_layer if wanted else None)
 
 
 @with_latents
@@ -398,65 +382,8 @@ def test_other_stages_are_not_resumed_with(phantoms, trained, tmp_path, capsys):
     assert line.count("there,") == 1
 
 
-# Other forms
-
-
-def test_one_map_at_a_time_through_all_stages(phantoms, trained, tmp_path):
-    for stage in TRAININGS[:3]:
-        options = DMRI.folders(tmp_path, stage, volumes=trained / "runs/volumes") | {"max_epochs": 1, "one_map": True}
-        DMRI.execute(stage, phantoms, **options)
-        with DMRI.small(stage, phantoms, options) as workflow:
-            content = workflow.parser.get_parsed_content
-            data = content("train#dataset").data
-            assert [item["map_id"] for item in data[:4]] == [0, 1, 2, 0]
-            assert len(data) == 3 * len(patches(phantoms, "training"))
-            for index in (3, 4, 5):
-                item = content("train#dataset")[index]
-                truth = true_maps(data[index])[data[index]["map_id"]][None]
-                if "maps" in item:
-                    assert torch.equal(torch.as_tensor(item["maps"]), truth)
-                    continue
-                with torch.no_grad():
-                    encoded = content("autoencoder_def").eval().encode(truth[None])[0]
-                torch.testing.assert_close(item["latent_mean"], encoded, rtol=0, atol=1e-4)
-                assert item["map_id"] == data[index]["map_id"]
-    assert weights(tmp_path, "stages/vqgan")["encoder.conv_in.1.conv.weight"].shape[1] == 1
-    assert weights(tmp_path, "stages/encoder")["kernels.0.conv.weight"].shape[1] == 8 + 3
-    maps_of(phantoms, tmp_path, tmp_path / "out", one_map=True)
-
-
-def maps_of(phantoms: Path, root: Path, folder: Path, stage: str = "inference", **overrides: Any) -> None:
-    """Run the inference on the test section; each map differs from the others."""
-    DMRI.execute(stage, phantoms, ckpt_dir=str(root / "models"), output_dir=str(folder), **overrides)
-    items = load_datalist(phantoms, "test")
-    for item in items:
-        out = folder / f"subjects/{item['subject']}"
-        found = [nibabel.load(out / f"{item['subject']}_{name}.nii.gz") for name in MAPS]
-        assert [image.shape for image in found] == [HR_SHAPE] * 3
-        assert len({np.asarray(image.dataobj).tobytes() for image in found}) == 3
-
-
 def test_trained_model_gives_maps(phantoms, trained, tmp_path):
-    maps_of(phantoms, trained, tmp_path)
-
-
-def test_volumes_of_each_direction_can_be_the_input(phantoms, trained, tmp_path, capsys):
-    shared = {"volumes": trained / "runs/volumes"}
-    count = {"num_directions": DIRECTIONS}
-    copy_stages(trained, tmp_path, "vqgan")
-    for stage in ("train_encoder", "train", "train_baseline"):
-        options = DMRI.folders(tmp_path, stage, **shared) | {"max_epochs": 1} | count
-        DMRI.execute(f"{stage} directions", phantoms, **options)
-    assert weights(tmp_path, "stages/encoder")["kernels.0.conv.weight"].shape[1] == DIRECTIONS
-    maps_of(phantoms, tmp_path, tmp_path / "out", "inference directions", **count)
-    # Another table than the number says, in training and in inference; another number than the weights were made for.
-    path = load_datalist(phantoms, "training")[0]["dwi"]
-    options = DMRI.folders(tmp_path, "train_baseline", **shared) | {"num_directions": 59, "resume": "never"}
-    line = DMRI.last_line("train_baseline directions", phantoms, capsys, **options)
-    assert f"num_directions: expected 59" in line and ".nii.gz: " in line, (line, path)
-
-
-# Evaluation
+    check_maps(phantoms, trained, tmp_path)
 
 
 STAND_ALONE = [path.stem for path in STANDALONE if path.parents[1] == DMRI.folder]

@@ -127,7 +127,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"absent.nii.gz: expected a NIfTI file, but it does not exist"):
         fit_noddi(str(tmp_path / "absent.nii.gz"), str(tmp_path / "out"))
     (tmp_path / "scan.bvec").unlink()
-    with pytest.raises(FileNotFoundError, match="scan.nii.gz: expected its gradient table beside it"):
+    with pytest.raises(FileNotFoundError, match="scan.nii.gz: expected its gradients beside it, but scan.bvec"):
         fit_noddi(str(scan), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

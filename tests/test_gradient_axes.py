@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import nibabel
 import numpy as np
 import pytest
+from scipy.spatial import cKDTree
 
 from shared.gradient_axes import GIVEN, AxesCheck, check_axes, rearranged
 from shared.gradients import GradientTable, read_gradients
+from shared.resolution import block_average
 from tests.conftest import HANDBOOK
+from tools.phantoms.dmri2noddi import make_subject
+from tools.phantoms.noddi_acquisition import default_table
 
 DATA = HANDBOOK / "data" / "dmri2noddi"
 NEEDS_DATA = pytest.mark.skipif(not DATA.is_dir(), reason="real diffusion data is not here")
@@ -45,16 +51,19 @@ def bundles(table: GradientTable, *, noise: float = 0.02) -> tuple[np.ndarray, n
     """Signal of tubes around the curves; the table is along the voxel axes."""
     centres = (np.stack(np.indices(SHAPE), -1) + 0.5) * VOXEL
     along = curves()
-    distance = np.linalg.norm(centres[..., None, :] - along[::4, 0], axis=-1)
-    nearest = distance.argmin(-1)
-    inside = distance.min(-1) < 4.5
-    fibres = along[::4, 1][nearest]
-    fibres /= np.linalg.norm(fibres, axis=-1, keepdims=True)
+    distance, nearest = cKDTree(along[:, 0]).query(centres)
+    inside = distance < 4.5
+    return tissue(table, inside, along[:, 1][nearest], noise=noise), inside
+
+
+def tissue(table: GradientTable, inside: np.ndarray, fibres: np.ndarray, *, noise: float = 0.02) -> np.ndarray:
+    """Signal of fibres along directions (X, Y, Z, 3) of any length; isotropic elsewhere."""
+    fibres = fibres / np.maximum(np.linalg.norm(fibres, axis=-1, keepdims=True), 1e-9)
     cosine = (fibres @ table.bvecs.T) ** 2
     parallel, across = np.where(inside, 1.6e-3, 0.8e-3)[..., None], np.where(inside, 0.4e-3, 0.8e-3)[..., None]
     signal = np.exp(-table.bvals * (across + (parallel - across) * cosine))
     rng = np.random.default_rng(0)
-    return np.hypot(signal + noise * rng.normal(size=signal.shape), noise * rng.normal(size=signal.shape)), inside
+    return np.hypot(signal + noise * rng.normal(size=signal.shape), noise * rng.normal(size=signal.shape))
 
 
 MASK = np.ones(SHAPE, bool)
@@ -112,6 +121,83 @@ def test_a_straight_bundle_cannot_tell():
     assert result.reason.startswith("no clear winner: ")
     # two voxels along the diagonal are 2 / sqrt(3) per axis; what steps out of the block of 16 finds nothing
     assert result.given_score == pytest.approx((1 - 2 / np.sqrt(3) / 16) ** 3, abs=0.01)
+
+
+def places(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Voxels from the middle of a volume along x, y, z."""
+    x, y, z = (axis - (size - 1) / 2 for axis, size in zip(np.indices(shape), shape, strict=True))
+    return x, y, z
+
+
+def stacked(*parts: np.ndarray) -> np.ndarray:
+    return np.stack(np.broadcast_arrays(*parts), -1)
+
+
+def slabs_across_their_fibres() -> tuple[np.ndarray, np.ndarray]:
+    x, y, _ = places((30, 28, 26))
+    return (np.abs(np.abs(x) - 7) < 3) & (np.abs(y) < 12), stacked(1.0, 0.0, np.zeros(x.shape))
+
+
+def three_slabs() -> tuple[np.ndarray, np.ndarray]:
+    inside, fibres = np.zeros((30, 29, 31), bool), np.zeros((30, 29, 31, 3))
+    for axis, box in enumerate((np.s_[2:7, 1:14, 1:30], np.s_[9:28, 2:7, 1:30], np.s_[9:28, 10:28, 12:17])):
+        inside[box] = True
+        fibres[(*box, axis)] = 1
+    return inside, fibres
+
+
+def rings() -> tuple[np.ndarray, np.ndarray]:
+    x, y, z = places((30, 28, 20))
+    radius = np.hypot(x, y)
+    return (radius < 12.5) & (radius > 1) & (np.abs(z) < 8), stacked(-y, x, np.zeros(x.shape))
+
+
+def arc() -> tuple[np.ndarray, np.ndarray]:
+    x, y, z = places((32, 34, 18))
+    inside = (np.abs(np.hypot(x + 10, y + 10) - 18) < 4) & (np.abs(z) < 5) & (x > -10) & (y > -10)
+    return inside, stacked(-(y + 10), x + 10, np.zeros(x.shape))
+
+
+def helices() -> tuple[np.ndarray, np.ndarray]:
+    x, y, z = places((26, 28, 30))
+    radius = np.hypot(x, y)
+    return (radius < 12) & (radius > 3) & (np.abs(z) < 13), stacked(-y, x, 0.5 * radius)
+
+
+def fan() -> tuple[np.ndarray, np.ndarray]:
+    x, y, z = places((32, 34, 30))
+    radius = np.sqrt(x**2 + (y / 1.1) ** 2 + (z / 0.9) ** 2)
+    return (np.abs(radius - 11) < 2.5) & (z > -8), stacked(x, y / 1.21, z / 0.81)
+
+
+@pytest.mark.parametrize("shape", [slabs_across_their_fibres, three_slabs, rings, arc, helices, fan])
+def test_right_axes_are_never_called_wrong(shape: Callable[[], tuple[np.ndarray, np.ndarray]]):
+    inside, fibres = shape()
+    signal = tissue(gradients(), inside, fibres)
+    result = check_axes(signal, gradients(), np.ones(inside.shape, bool), affine=np.diag([-2.0, 2, 2, 1]))
+    assert result.voxels > 1000
+    assert not result.clearly_wrong, result.reason
+    assert result.reason.startswith("no clear winner: ")
+
+
+def test_one_border_across_the_fibres_is_one_witness():
+    """Fibres are more coherent along the slab, by far and in every block: the axes may still be right."""
+    inside, fibres = slabs_across_their_fibres()
+    signal = tissue(gradients(), inside, fibres)
+    result = check_axes(signal, gradients(), np.ones(inside.shape, bool), affine=np.diag([-2.0, 2, 2, 1]))
+    assert result.best_score > 1.3 * result.given_score
+    assert "run along 1." in result.reason
+
+
+def test_phantoms_stay_undecided_and_a_flip_in_them_is_not_made_worse():
+    """Their white matter fills the space below the cortex: no arrangement is coherent beyond the others."""
+    table = default_table()
+    maps, volumes, affine = make_subject(1, shape=(48, 56, 44), table=table)
+    mask = block_average(maps.mask) > 0.5
+    for arrangement in (GIVEN, "-x, y, z"):
+        result = check_axes(volumes, rearranged(table, arrangement), mask, affine=affine)
+        assert not result.clearly_wrong
+        assert not result.clearly_right
 
 
 def test_noise_and_few_voxels_decide_nothing(signal: np.ndarray):

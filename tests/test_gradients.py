@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shared.gradients import gradients_beside, read_gradients
+from shared.gradients import read_gradients
 from tests.conftest import HANDBOOK
 
 TABLES = HANDBOOK / "data" / "dmri2noddi" / "gradient_tables"
@@ -119,15 +119,6 @@ def test_damaged_layouts_are_named(tmp_path: Path):
         read_gradients(write(tmp_path, BVALS)[1], bvec)
     with pytest.raises(FileNotFoundError, match=r"none\.bval: expected a file of b-values"):
         read_gradients(tmp_path / "none.bval", bvec)
-
-
-@pytest.mark.parametrize("name", ["dwi.nii.gz", "dwi.nii"])
-def test_table_beside_the_series_is_found(tmp_path: Path, name: str):
-    bval, bvec = write(tmp_path, BVALS)
-    assert gradients_beside(tmp_path / name) == (str(bval), str(bvec))
-    bval.unlink()
-    with pytest.raises(FileNotFoundError, match=rf"{name}: expected its gradient table beside it, but dwi\.bval"):
-        gradients_beside(tmp_path / name)
 
 
 @pytest.mark.skipif(not TABLES.is_dir(), reason="real gradient tables are not here")

@@ -22,9 +22,9 @@ from torch import nn
 
 from shared import distributed
 from shared.handlers.progress import EpochProgress
-from tests import sdseg_runs
+from tests import dmri_runs, sdseg_runs
 from tests.conftest import ROOT
-from tests.gang import BUNDLE, CONFIGS, STAGES
+from tests.gang import BUNDLE, CONFIGS, NODDI, STAGES
 from tests.tiny_networks import segmentation_model
 from tools.phantoms.cxr_ldm import make_dataset
 from tools.phantoms.sdseg import make_dataset as make_pictures
@@ -57,6 +57,8 @@ def data(tmp_path_factory) -> Path:
     make_pictures(str(folder / "data/sdseg"), num_images=18, size=(80, 64), split=(0.6, 0.3, 0.1))
     for bundle in ("cxr_ldm", "sdseg"):
         shorten(folder / "data" / bundle)
+    dmri_runs.make_phantoms(folder / "data/dmri2noddi", num_subjects=3)
+    dmri_runs.save_network(folder / "data/dmri2noddi/models")
     torch.save(sdseg_runs.network().autoencoder.state_dict(), folder / "data/sdseg/autoencoder.pt")
     return folder / "data"
 
@@ -96,6 +98,27 @@ def test_ranks_end_with_the_same_weights(stage, ranks):
     assert all(math.isfinite(value) for value in one["metrics"].values())
     assert one["properties"] == two["properties"] == []
     assert one["settings"]["processes"] == 2
+
+
+@pytest.mark.parametrize("stage", list(NODDI))
+def test_ranks_have_the_same_codes_and_statistics(stage, ranks):
+    """The codebook is moved and restarted by the vectors of both, latents are measured by one."""
+    one, two = (rank[f"{stage} whole"] for rank in ranks)
+    names = ["network", "buffers", "average", "metrics", *(["discriminator"] if "discriminator" in one else [])]
+    assert {name: one[name] for name in names} == {name: two[name] for name in names}
+    assert ("discriminator" in one) == (stage == "noddi train_vqgan")
+    assert all(math.isfinite(value) for value in one["metrics"].values())
+    assert one["properties"] == two["properties"] == []
+    # Shares of their own, of which all are dealt.
+    assert len(one["iterations"]) == len(two["iterations"]) >= 4
+    assert not set(one["validation"]) & set(two["validation"])
+    assert all(
+        set(a) | set(b) == set(range(max(*a, *b) + 1)) for a, b in zip(one["orders"], two["orders"], strict=True)
+    )
+    assert one["orders"] != two["orders"]
+    name = dmri_runs.RELEASED[stage.split()[1]]
+    assert f"models/dmri2noddi/{name}.pt" in one["files"]
+    assert two["files"] == []
 
 
 @stages

@@ -9,7 +9,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from shared.noddi_items import gradients_of, inference_items, name_of
+from shared.noddi_items import inference_items, name_of
 from tests.conftest import HANDBOOK
 
 SHAPE = (4, 5, 3)
@@ -254,12 +254,10 @@ def test_relative_source_gives_absolute_paths(tmp_path, monkeypatch):
         assert item["name"] == "a"
 
 
-def test_names_and_gradients_of_a_single_path(tmp_path):
+def test_names_of_a_single_path():
     assert name_of("/x/100307/T1w/Diffusion/data.nii.gz") == "100307"
     assert name_of("/x/sub-01_dwi.nii.gz") == "sub-01"
     assert name_of("/data/dwi.nii.gz") == "dwi"
-    path = dwi(tmp_path / "a.nii.gz")
-    assert gradients_of(path) == {"bval": str(tmp_path / "a.bval"), "bvec": str(tmp_path / "a.bvec")}
 
 
 @pytest.mark.parametrize("subject", ["mrtrix_msmt", "small_64D"])

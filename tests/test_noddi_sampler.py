@@ -5,6 +5,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.networks.nets import DiffusionModelUNet
+from monai.networks.schedulers import DDIMScheduler as CoreDDIM
 from torch import nn
 from torch.nn.functional import interpolate
 
@@ -71,6 +72,36 @@ def test_an_oracle_gives_the_clean_latent_with_few_steps_of_another_solver() -> 
     solver = DPMSolverMultistepScheduler(1000, **SCHEDULE)
     maps = sampler(scheduler=solver, num_inference_steps=7)(features, Oracle())
     assert (maps - interpolate(features, scale_factor=2)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("fusion", ["maps", "steps"])
+def test_a_start_on_the_way_begins_at_the_estimate_with_noise(fusion: str) -> None:
+    """A network that predicts no noise keeps what it is given: the estimate, and of the noise the level's share."""
+
+    class Silent(Oracle):
+        def forward(self, features, x, t, condition):  # type: ignore[no-untyped-def]
+            self.times = [*getattr(self, "times", []), int(t[0])]
+            return torch.zeros_like(x)
+
+    model, features = Silent(), 0.4 + 0.2 * volume((3, 8, 6, 4))
+    # One patch; 10 steps are 999, 899, ..., 99, of which 199 and 99 lie below 0.25 * 1000.
+    maps = sampler(fusion=fusion, start=0.25)(features, model)
+    assert model.times == [199, 99]
+    alpha_bar = model.alpha_bar[199]
+    noise = seeded_noise([0], (3, 8, 6, 4))
+    expected = (
+        features + noise * ((1 - alpha_bar) / alpha_bar).sqrt()
+    )  # zero noise predicted: x / alpha is the clean one
+    torch.testing.assert_close(maps, interpolate(expected.float(), scale_factor=2).clamp(0, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_start_on_the_way_ends_at_the_data_too() -> None:
+    features = volume()
+    maps = sampler(start=0.3, num_inference_steps=20)(features, Oracle())
+    assert (maps - interpolate(features, scale_factor=2)).abs().max() < 1e-4
+    one_step = Oracle()
+    sampler(start=0.001)(features, one_step)
+    assert one_step.calls  # at least one step is left
 
 
 @pytest.mark.parametrize("fusion", ["maps", "steps"])
@@ -158,7 +189,8 @@ def test_samples_depend_on_their_seed_alone(one_map: bool) -> None:
     draw = sampler(num_inference_steps=2, num_samples=3, output="samples")
     both = draw(features, model, seeds=[5, 8])
     assert both.shape == (2, 9, 20, 18, 14)
-    assert both.min() >= 0 and both.max() <= 1
+    assert both.min() >= 0
+    assert both.max() <= 1
     alone = sampler(num_inference_steps=2)(features[1:], model, seeds=[9])
     torch.testing.assert_close(both[1:, 3:6], alone)
     assert not torch.allclose(both[:, :3], both[:, 3:6])
@@ -214,6 +246,8 @@ def test_meta_data_stay() -> None:
     [
         ({"patch_size": (8, 8)}, r"^patch_size: expected one side or three"),
         ({"patch_size": 0}, r"^patch_size: expected a whole number from 1"),
+        ({"start": 0}, r"^start: expected a number from 0.001 to 1"),
+        ({"start": 0.5, "scheduler": CoreDDIM(1000)}, r"^start: expected 1 with DDIMScheduler"),
         ({"overlap": 1.0}, r"^overlap: expected a number from 0 to 0.99"),
         ({"blend": "linear"}, r"^blend: expected gaussian or constant, got 'linear'"),
         ({"fusion": "end"}, r"^fusion: expected maps or steps, got 'end'"),
@@ -252,7 +286,9 @@ def test_normalisation_is_undone() -> None:
 def test_only_the_unet_is_trained_and_the_frozen_parts_stay_in_evaluation_mode() -> None:
     model = tiny_model().train()
     assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"unet"}
-    assert model.unet.training and not model.autoencoder.training and not model.encoder.training
+    assert model.unet.training
+    assert not model.autoencoder.training
+    assert not model.encoder.training
     codes = model.autoencoder.state_dict()
     before = {name: value.clone() for name, value in codes.items()}
     noisy = torch.randn(1, 4, 8, 6, 4)
@@ -284,5 +320,11 @@ def test_training_starts_from_the_stages(tmp_path) -> None:
     start_from_stages(target, autoencoder=tmp_path / "a.pt", encoder=tmp_path / "e.pt")
     torch.testing.assert_close(target.encoder.state_dict(), source.encoder.state_dict())
     torch.testing.assert_close(target.autoencoder.state_dict(), source.autoencoder.state_dict())
+    whole = tiny_model()
+    for parameter in whole.parameters():
+        parameter.data.sub_(0.1)
+    torch.save(whole.state_dict(), tmp_path / "m.pt")
+    start_from_stages(target, autoencoder=tmp_path / "a.pt", encoder=tmp_path / "e.pt", model=tmp_path / "m.pt")
+    torch.testing.assert_close(target.state_dict(), whole.state_dict())
     with pytest.raises(FileNotFoundError, match=r"none.pt: expected trained weights, found no file. Train it"):
         start_from_stages(target, autoencoder=tmp_path / "none.pt", encoder=tmp_path / "e.pt", remedy="Train it")

@@ -213,6 +213,17 @@ def test_maps_and_standard_deviations_are_clipped_and_described(tmp_path):
     assert result["pred"].min() == 0.0
 
 
+@pytest.mark.parametrize("deterministic", [True, "true", [True, False]])
+def test_what_decides_nothing_is_not_stated_of_a_deterministic_result(tmp_path, deterministic):
+    path = write_dwi(tmp_path / "a_dwi.nii.gz", AFFINES["LPS"])
+    settings = {"seed": 7, "num_inference_steps": 100, "num_samples": 1, "overlap": 0.25}
+    saved(path, tmp_path / "out", deterministic=deterministic, **settings)
+    saved(path, tmp_path / "drawn", deterministic="false", **settings)
+    stated = sidecar(tmp_path / "out" / "a.json")
+    assert [stated[name] for name in settings] == [None, None, None, 0.25]
+    assert sidecar(tmp_path / "drawn" / "a.json").items() >= settings.items()
+
+
 def test_pred_stays_usable(tmp_path):
     path = write_dwi(tmp_path / "a_dwi.nii.gz", AFFINES["oblique PIR"])
     features = features_of(path)

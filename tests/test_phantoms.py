@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 import time
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import digest
 from tools.phantoms.__main__ import main
 from tools.phantoms.chest_anatomy import ENLARGED_RATIO, NORMAL_RATIO, ZONES
 from tools.phantoms.chest_organs import Film, heart
@@ -235,14 +235,6 @@ def test_finding_prompt() -> None:
 
 
 # dataset folder
-
-
-def digest(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")

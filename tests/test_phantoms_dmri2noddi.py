@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from scipy.ndimage import binary_erosion, map_coordinates
 from shared.datalist import SECTIONS, find_leaks, load_datalist, read_datalist
 from shared.gradients import read_gradients
 from shared.resolution import block_average, doubled_affine, halved_affine
-from tests.conftest import HANDBOOK
+from tests.conftest import HANDBOOK, digest
 from tools.phantoms import dmri2noddi
 from tools.phantoms.__main__ import main
 from tools.phantoms.noddi_acquisition import acquire, along_voxel_axes, default_table, read_table
@@ -29,14 +28,6 @@ SHAPE = (64, 72, 56)
 SMALL = (32, 36, 34)
 MAPS = ("ndi", "odi", "fwf")
 TABLES = HANDBOOK / "data" / "dmri2noddi" / "gradient_tables"
-
-
-def digest(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from scipy.ndimage import binary_dilation, binary_erosion, label
 from skimage.filters import threshold_otsu
 
 from shared.datalist import SECTIONS, find_leaks, load_datalist, read_datalist
+from tests.conftest import digest
 from tools.phantoms import fundus, polyps, sdseg, sdseg_abdomen
 from tools.phantoms.__main__ import main
 from tools.phantoms.abdomen import AIR, FAT, LABELLED_Z, ORGAN_HU, ORGANS
@@ -26,14 +26,6 @@ from tools.prepare.btcv import ORGANS as BTCV_ORGANS
 from tools.prepare.btcv import TEST, VALIDATION
 
 SIZE = (80, 64)
-
-
-def digest(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def dice(mask: np.ndarray, truth: np.ndarray) -> float:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from monai.networks.nets import AutoencoderKL
 
-from shared.sizes import check_sizes, size_divisor
+from shared.sizes import check_patch, check_sizes, size_divisor
 
 CHANNELS = (4, 4, 8, 8)
 
@@ -71,3 +71,40 @@ def test_divisor_counts_the_halvings_of_both_networks():
     assert size_divisor([128, 256, 256, 512], [256, 512, 768]) == 32
     assert size_divisor([16, 32, 64], [32, 64, 96]) == 16
     assert size_divisor([16, 32, 64]) == 4
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "channels"),
+    [
+        ([32, 32, 32], [18, 18, 18], [128, 256, 256, 512]),
+        ([8, 16, 24], [8, 16, 24], [4, 8, 8, 8]),
+        ([7, 5, 3], [1, 5, 2], []),
+        ([7, 5, 3], [7, 5, 3], [4]),
+    ],
+)
+def test_patches_that_fit_pass(size, stride, channels):
+    check_patch(size, stride=stride, unet_channels=channels)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (
+            [32, 36, 32],
+            r"^patch_size: expected three multiples of 8, .* 3 times, got \[32, 36, 32\]; .* \[32, 32, 32\]",
+        ),
+        ([32, 0, 32], r"^patch_size: .* got \[32, 0, 32\]; the nearest is \[32, 8, 32\]"),
+        ([32, 32], r"^patch_size: expected three multiples of 8"),
+    ],
+)
+def test_other_patches_are_refused_with_the_nearest(size, message):
+    with pytest.raises(ValueError, match=message):
+        check_patch(size, stride=[8, 8, 8], unet_channels=(4, 8, 8, 8))
+
+
+@pytest.mark.parametrize("stride", [[8, 17, 8], [8, 0, 8], [8, 8], [-1, 8, 8], [8, 8, 8, 8]])
+def test_strides_that_leave_voxels_out_are_refused(stride):
+    with pytest.raises(
+        ValueError, match=r"^patch_stride: expected three numbers from 1 to the side of .* leave voxels"
+    ):
+        check_patch([16, 16, 16], stride=stride)

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import torch
 
@@ -17,23 +16,9 @@ from shared.handlers.segmentation_evaluation import ONE_SAMPLE
 from shared.metrics.segmentation import MEAN
 from shared.metrics.segmentation_table import summary_over_groups
 from tools.ablation_arms import BASELINE, NOISE_ONLY, PUBLISHED
-from tools.report_chart import HEIGHT, WIDTH, Series, line_chart
-from tools.report_html import element, number
+from tools.report_chart import Series, line_chart, standalone
+from tools.report_html import number
 
-# A chart outside the report's page brings its colours along.
-_STYLE = """
-text { font: 11px system-ui, sans-serif; fill: #63696f }
-.grid { stroke: #e3e4e6 } .axis { stroke: #63696f }
-polyline { fill: none; stroke-width: 2 }
-polyline.train { stroke: #2f6fb3 } circle.train, text.train { fill: #2f6fb3 }
-polyline.validation { stroke: #c2571a } circle.validation, text.validation { fill: #c2571a }
-@media (prefers-color-scheme: dark) {
-  text { fill: #9aa1a8 } .grid { stroke: #31353a }
-  polyline.train { stroke: #7fb2ea } circle.train, text.train { fill: #7fb2ea }
-  polyline.validation { stroke: #f0975c } circle.validation, text.validation { fill: #f0975c }
-}
-"""
-_LEGEND = 22  # height of the chart's key
 _CURVES = {PUBLISHED.name: ("latent weight 1", "train"), NOISE_ONLY.name: ("latent weight 0", "validation")}
 
 
@@ -199,13 +184,7 @@ def steps_chart(rows: Sequence[Mapping[str, Any]]) -> str | None:
     if not curves:
         return None
     svg = line_chart(curves, label="Dice against the number of reverse steps", x_label="reverse steps")
-    svg.set("xmlns", "http://www.w3.org/2000/svg")
-    svg.set("viewBox", f"0 {-_LEGEND} {WIDTH} {HEIGHT + _LEGEND}")
-    svg.insert(0, element("style", _STYLE))
-    svg.append(element("text", "Dice, one sample", x=4, y=-8))
-    for index, curve in enumerate(curves):
-        svg.append(element("text", curve.label, x=WIDTH - 220 + 110 * index, y=-8, class_=curve.style))
-    return ElementTree.tostring(svg, encoding="unicode") + "\n"
+    return standalone(svg, curves, title="Dice, one sample")
 
 
 def _facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:

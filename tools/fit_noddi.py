@@ -10,7 +10,6 @@ where NDI and ODI are arbitrary.
 
 from __future__ import annotations
 
-import gzip
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ import numpy as np
 from dipy.core.gradients import gradient_table
 from dipy.reconst.dti import TensorModel
 
-from shared.files import atomic_path
-from shared.gradients import GradientTable, gradients_beside, read_gradients
+from shared.diffusion_series import gradient_files_of
+from shared.gradients import GradientTable, read_gradients
+from shared.nifti_files import grid_image, save_image, space_of
 from tools.command_line import run
 from tools.phantoms.noddi_signal import D_ISO, noddi_signal
 
@@ -51,7 +51,7 @@ def fit_noddi(dwi: str, out: str, bval: str = "", bvec: str = "", mask: str = ""
     Args:
         dwi: 4-D NIfTI.
         out: folder to write into; made if absent.
-        bval, bvec: gradients in FSL layout; empty takes the files beside the images of the same stem.
+        bval, bvec: gradients in FSL layout; empty takes the files beside the images.
         mask: 3-D NIfTI on the grid of `dwi`; empty takes voxels whose mean b = 0 signal is above a tenth of its 99th
             percentile.
 
@@ -68,8 +68,7 @@ def fit_noddi(dwi: str, out: str, bval: str = "", bvec: str = "", mask: str = ""
     image: Any = nib.load(dwi)
     if len(image.shape) != 4:
         raise ValueError(f"{dwi}: expected 4 dimensions (X, Y, Z, volumes), got shape {image.shape}")
-    beside = ("", "") if bval and bvec else gradients_beside(dwi)
-    table = read_gradients(bval or beside[0], bvec or beside[1], num_volumes=image.shape[3])
+    table = read_gradients(*gradient_files_of({"bval": bval, "bvec": bvec}, dwi), num_volumes=image.shape[3])
     signal = np.asarray(image.dataobj, dtype=np.float32)
     b0 = signal[..., table.b0].mean(axis=-1)
     brain: Any = nib.load(mask) if mask else None
@@ -81,10 +80,7 @@ def fit_noddi(dwi: str, out: str, bval: str = "", bvec: str = "", mask: str = ""
     for name in ("ndi", "odi", "fwf", "residual"):
         volume = np.zeros(b0.shape, dtype=np.float32)
         volume[inside] = getattr(fit, name)
-        result = nib.Nifti1Image(volume, image.affine)
-        result.header.set_xyzt_units("mm")
-        with atomic_path(Path(out) / f"{name}.nii.gz") as temporary:
-            temporary.write_bytes(gzip.compress(result.to_bytes(), compresslevel=4, mtime=0))
+        save_image(grid_image(volume, image.affine, code=space_of(image)), Path(out) / f"{name}.nii.gz")
     return f"{out}: {int(inside.sum())} voxels, median residual {np.median(fit.residual):.4f} of the b = 0 signal"
 
 

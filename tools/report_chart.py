@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from xml.etree import ElementTree
 
 from tools.report_html import Element, element, number
 
@@ -19,6 +20,21 @@ LEFT, RIGHT, TOP, BOTTOM = 58, 10, 12, 36
 LOG_RATIO = 30  # largest to smallest value from which a logarithmic axis shows more
 SMOOTH_FROM = 25  # points from which a smoothed line is drawn over the values
 WINDOW = 9  # points of the moving average
+
+# A chart outside the report's page brings its colours along.
+_STYLE = """
+text { font: 11px system-ui, sans-serif; fill: #63696f }
+.grid { stroke: #e3e4e6 } .axis { stroke: #63696f }
+polyline { fill: none; stroke-width: 2 }
+polyline.train { stroke: #2f6fb3 } circle.train, text.train { fill: #2f6fb3 }
+polyline.validation { stroke: #c2571a } circle.validation, text.validation { fill: #c2571a }
+@media (prefers-color-scheme: dark) {
+  text { fill: #9aa1a8 } .grid { stroke: #31353a }
+  polyline.train { stroke: #7fb2ea } circle.train, text.train { fill: #7fb2ea }
+  polyline.validation { stroke: #f0975c } circle.validation, text.validation { fill: #f0975c }
+}
+"""
+_LEGEND = 22  # height of its key
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,18 @@ def smoothed(points: Points, *, window: int = WINDOW) -> Points:
         values = [y for _, y in points[index - half : index + half + 1]]
         result.append((x, sum(values) / len(values)))
     return result
+
+
+def standalone(svg: Element, lines: Sequence[Series], *, title: str = "") -> str:
+    """A chart from `line_chart` as a file of its own, with a key to its lines, two at most."""
+    svg.set("xmlns", "http://www.w3.org/2000/svg")
+    svg.set("viewBox", f"0 {-_LEGEND} {WIDTH} {HEIGHT + _LEGEND}")
+    svg.insert(0, element("style", _STYLE))
+    if title:
+        svg.append(element("text", title, x=4, y=-8))
+    for index, line in enumerate(lines):
+        svg.append(element("text", line.label, x=WIDTH - 220 + 110 * index, y=-8, class_=line.style))
+    return ElementTree.tostring(svg, encoding="unicode") + "\n"
 
 
 def line_chart(series: Sequence[Series], *, label: str, x_label: str = "epoch") -> Element:

@@ -11,11 +11,9 @@ diffusion model learns. The residual of a good reconstruction is nearly so.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import fire
 import nibabel
@@ -28,20 +26,11 @@ from shared.metrics.white_noise import THRESHOLD, WhiteNoise, measure_white_nois
 from shared.pictures import spread_indices
 from shared.transforms.volumes import VOLUME_SUFFIXES
 from tools import command_line
-from tools.report_chart import HEIGHT, WIDTH, Points, Series, line_chart
-from tools.report_html import element
+from tools.report_chart import Points, Series, line_chart, standalone
 
 MAX_VALUES = 2**25
 MAX_LAGS = 2**26  # with all axes kept there are about 2^axes N lags, and several arrays of that size
 _BINS = 60
-_LEGEND = 22  # height of the chart's key
-_STYLE = """
-text { font: 11px system-ui, sans-serif; fill: #63696f }
-.grid { stroke: #e3e4e6 } .axis { stroke: #63696f }
-polyline { fill: none; stroke-width: 2 }
-polyline.train { stroke: #2f6fb3 } circle.train, text.train { fill: #2f6fb3 }
-polyline.validation { stroke: #c2571a } circle.validation, text.validation { fill: #c2571a }
-"""
 
 
 @fire.decorators.SetParseFns(file=str, out=str, picture=str, key=str)
@@ -223,16 +212,7 @@ def _chart(result: WhiteNoise) -> str:
         Series(f"threshold {result.threshold:g}", "validation", [(x, result.threshold) for x in ends]),
     ]
     svg = line_chart(lines, label="autocorrelation against the lag", x_label="log10 of the lag")
-    svg.set("xmlns", "http://www.w3.org/2000/svg")
-    svg.set("viewBox", f"0 {-_LEGEND} {WIDTH} {HEIGHT + _LEGEND}")
-    svg.insert(0, element("style", _STYLE))
-    _add_key(svg, lines)
-    return ElementTree.tostring(svg, encoding="unicode") + os.linesep
-
-
-def _add_key(svg: ElementTree.Element, lines: Sequence[Series]) -> None:
-    for index, line in enumerate(lines):
-        svg.append(element("text", line.label, x=WIDTH - 220 + 110 * index, y=-8, class_=line.style))
+    return standalone(svg, lines)
 
 
 def main() -> None:

@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
+
+from shared.files import sha256_of_file
+from shared.provenance import git_commit, software_versions
 
 
 class CallCost:
@@ -96,6 +101,29 @@ def cost_rows(
         row = _plain_row(f"Peak memory (MB), {peak_of}", value, rows[0]["n"], cost.memory_note)
         rows.append(row | {"method": peak_of, "measure": "memory_mb"})
     return [row | {"group": "Time and memory"} for row in rows]
+
+
+def setting_of(
+    cost: CallCost, device: torch.device, dataset_dir: str | os.PathLike[str] | None, *, timed: str
+) -> dict[str, Any]:
+    """What the numbers of a ``protocol.json`` hold for: device, what time and memory mean, data, versions.
+
+    Args:
+        cost: knows the memory.
+        device: where it ran.
+        dataset_dir: its ``datalist.json`` is hashed; None, or a folder without one, states null.
+        timed: what the seconds are of, in words.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    datalist = None if dataset_dir is None else Path(dataset_dir) / "datalist.json"
+    return {
+        "device": f"{device} ({name})" if name else str(device),
+        "time": timed,
+        "memory": cost.memory_note,
+        "datalist_sha256": sha256_of_file(datalist) if datalist is not None and datalist.exists() else None,
+        "git_commit": git_commit(Path(__file__).parent),
+        "software": software_versions(),
+    }
 
 
 def _plain_row(name: str, value: float | None, n: int, note: str) -> dict[str, Any]:

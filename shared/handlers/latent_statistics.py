@@ -18,8 +18,9 @@ logger = logging.getLogger(__name__)
 class MeasureLatentStatistics:
     """Set ``network.latent_mean`` and ``network.latent_std`` from the training latents when a training starts.
 
-    Place it before the checkpoint handler: a resumed run keeps the values of its checkpoint. In distributed runs rank 0
-    measures and every rank uses its values.
+    The same data and autoencoder give the same values, so that a resumed run measures what it had, unless its
+    checkpoint holds the buffers: place it before the checkpoint handler, which then has the last word. In distributed
+    runs rank 0 measures and every rank uses its values.
 
     Args:
         network: network with buffers ``latent_mean`` and ``latent_std`` ``(C,)``.

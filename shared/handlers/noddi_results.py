@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,15 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from shared.files import save_json, sha256_of_file
-from shared.handlers.cost import CallCost, cost_rows
+from shared.files import save_json
+from shared.handlers.cost import CallCost, cost_rows, setting_of
 from shared.metrics import noddi_maps, uncertainty
 from shared.metrics.noddi_maps import MAPS, SSIMWindow
 from shared.metrics.noddi_table import SubjectScore, scored_rows
 from shared.noddi_picture import ERROR_GAIN
 from shared.pictures import INTENDED_USE, save_marked_png
-from shared.provenance import git_commit, software_versions
-from shared.tables import summary_text, write_table
+from shared.tables import summary_text, without_nan, write_table
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +77,7 @@ class NoddiResults:
         save_json(self._protocol(cost, device), self.folder / "protocol.json")
         write_table(self.folder / "per_subject.csv", [one.columns for one in self.scores])
         for name, lines in (("uncertainty", self.uncertainty), ("calibration", self.calibration)):
-            write_table(self.folder / f"{name}.csv", [_without_nan(line) for line in lines])
+            write_table(self.folder / f"{name}.csv", [without_nan(line) for line in lines])
         self._write_pictures()
         named = [row | {"name": f"{row['name']} ({row['group']})"} for row in summary]
         count = len(self._of(self.own[0]))
@@ -90,9 +88,7 @@ class NoddiResults:
         return [one for one in self.scores if one.method == method]
 
     def _protocol(self, cost: CallCost, device: torch.device) -> dict[str, Any]:
-        datalist = Path(self.dataset_dir) / "datalist.json" if self.dataset_dir is not None else None
         lines = self._of(self.own[0])
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         measured = self.num_samples >= uncertainty.LEAST_SAMPLES
         return {
             "scans": len(lines),
@@ -100,12 +96,12 @@ class NoddiResults:
             "samples": self.num_samples,
             "ssim": self.window.note,
             "interval": "95 %, bootstrap of 2000 resamples over subjects",
-            "device": f"{device} ({name})" if name else str(device),
-            "time": "per subject, from the loaded batch until the inferer or the baseline has returned",
-            "memory": cost.memory_note,
-            "datalist_sha256": sha256_of_file(datalist) if datalist is not None and datalist.exists() else None,
-            "git_commit": git_commit(Path(__file__).parent),
-            "software": software_versions(),
+            **setting_of(
+                cost,
+                device,
+                self.dataset_dir,
+                timed="per subject, from the loaded batch until the inferer or the baseline has returned",
+            ),
             "conventions": noddi_maps.CONVENTIONS | (uncertainty.CONVENTIONS if measured else {}),
         }
 
@@ -129,7 +125,3 @@ class NoddiResults:
                     save_marked_png(self.pictures_of[shown[name]][key], path, {"Comment": f"{what}; {INTENDED_USE}"})
                 else:  # a picture of an earlier evaluation in this folder would be misread
                     path.unlink(missing_ok=True)
-
-
-def _without_nan(line: dict[str, Any]) -> dict[str, Any]:
-    return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in line.items()}

@@ -12,16 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from shared.files import save_json, sha256_of_file
-from shared.handlers.cost import CallCost, cost_rows
+from shared.files import save_json
+from shared.handlers.cost import CallCost, cost_rows, setting_of
 from shared.metrics.segmentation import CONVENTIONS, MEAN
 from shared.metrics.segmentation_table import ItemScore, scored_rows, summary_over_groups
 from shared.metrics.stability import MEASURES
 from shared.pictures import INTENDED_USE, save_grid
-from shared.provenance import git_commit, software_versions
 from shared.segmentation_picture import comparison_row
 from shared.segmentation_probability import mask_of
-from shared.tables import summary_text, write_table
+from shared.tables import summary_text, without_nan, write_table
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +88,8 @@ class SegmentationResults:
         summary += self._stability_rows(stability_notes) + self._cost_rows(cost, device)
         save_json(summary, self.folder / "summary.json")
         save_json(self._protocol(cost, device), self.folder / "protocol.json")
-        write_table(self.folder / "per_image.csv", [_without_nan(one.columns) for one in self.scores])
-        write_table(self.folder / "stability.csv", [_without_nan(line) for line in self.stability])
+        write_table(self.folder / "per_image.csv", [without_nan(one.columns) for one in self.scores])
+        write_table(self.folder / "stability.csv", [without_nan(line) for line in self.stability])
         self._write_pictures()
         named = [row | {"name": f"{row['name']} ({row['group']})"} for row in summary]
         count = len(self._first_lines())
@@ -131,9 +130,7 @@ class SegmentationResults:
         return [one for one in lines if one.score.name == lines[0].score.name]
 
     def _protocol(self, cost: CallCost, device: torch.device) -> dict[str, Any]:
-        datalist = Path(self.dataset_dir) / "datalist.json" if self.dataset_dir is not None else None
         lines = self._first_lines()
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         return {
             "images": len(lines),
             "groups": len({one.group for one in lines}),
@@ -142,12 +139,9 @@ class SegmentationResults:
             "threshold": self.threshold,
             "resolutions": list(dict.fromkeys(one.resolution for one in self.scores)),
             "interval": "95 %, bootstrap of 2000 resamples over groups",
-            "device": f"{device} ({name})" if name else str(device),
-            "time": "per image, from the loaded batch until the inferer has returned",
-            "memory": cost.memory_note,
-            "datalist_sha256": sha256_of_file(datalist) if datalist is not None and datalist.exists() else None,
-            "git_commit": git_commit(Path(__file__).parent),
-            "software": software_versions(),
+            **setting_of(
+                cost, device, self.dataset_dir, timed="per image, from the loaded batch until the inferer has returned"
+            ),
             "conventions": {
                 name: text.format(empty_score=self.empty_score, threshold=self.threshold)
                 for name, text in CONVENTIONS.items()
@@ -171,8 +165,3 @@ class SegmentationResults:
     def _strip(self, case: Case) -> torch.Tensor:
         image, probability = case.image.float() / 255, case.probability.float() / 255
         return comparison_row(image, case.label, probability, threshold=self.threshold)
-
-
-def _without_nan(line: Mapping[str, Any]) -> dict[str, Any]:
-    """What there was nothing to measure in is an empty cell; infinite distances stay."""
-    return {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in line.items()}

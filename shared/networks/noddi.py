@@ -178,15 +178,16 @@ def start_from_stages(
         network: the model to fill.
         autoencoder: weights of the VQ-GAN.
         encoder: weights of the low-resolution encoder.
-        model: a whole model to go on from; ``None`` or "" starts with a random U-Net.
+        model: a whole model to go on from, whose autoencoder and encoder replace those of the stages; ``None`` or ""
+            starts with a random U-Net.
         remedy: what the user can do when a file is missing.
 
     Raises:
         FileNotFoundError: when a file is missing.
         ValueError: when a file is of another configuration.
     """
-    if model:
-        load_weights(network, model)
     load_weights(network.autoencoder, autoencoder, remedy)
     load_weights(network.encoder, encoder, remedy)
+    if model:
+        load_weights(network, model)
     return network

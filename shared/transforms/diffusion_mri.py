@@ -222,7 +222,8 @@ class LoadDiffusionFeaturesd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         path = path_of(data, (*self.keys, "image"))
-        return {**data, self.name: load_features({**data, "dwi": path}, self.features)}
+        item = {**data, "dwi": path}  # kept for the mask: the result may take the place of MONAI Label's path
+        return {**item, self.name: load_features(item, self.features)}
 
 
 class LoadNoddiMapsd(MapTransform):

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -18,9 +17,9 @@ from monai.transforms import MapTransform
 from monai.utils import MetaKeys
 from nibabel import orientations
 
-from shared.files import atomic_path, save_json, sha256_of_file
+from shared.files import save_json, sha256_of_file
 from shared.inferers import chosen
-from shared.nifti_files import DESCRIPTION
+from shared.nifti_files import write_nifti
 from shared.noddi_items import name_of
 from shared.pair_checks import grid_distance
 from shared.pictures import INTENDED_USE, made_with
@@ -30,7 +29,8 @@ from shared.transforms.prompts import is_monai_label_request
 
 # Millimetres that two programs may put the same voxel apart by rounding.
 _TOLERANCE = 1e-2
-_NIFTI_ALIGNED = 2
+# Settings that decide nothing where nothing is drawn.
+_OF_DRAWN = ("seed", "num_samples", "num_inference_steps")
 
 
 class SaveNoddiMapsd(MapTransform):
@@ -44,7 +44,6 @@ class SaveNoddiMapsd(MapTransform):
     `monai.transforms.SaveImaged` does not fit: it writes all channels into one 4-D file (and with `resample` moves
     voxels between them, as it takes them for an axis of space), in place, names nothing as synthetic, and overwrites
     the maps of another input of the same name.
-    `shared.nifti_files.write_nifti` copies the geometry of a file; here a new one is written.
 
     The same input overwrites what an earlier run wrote for it. Of another input with the same name the files are kept
     and the new ones are called `<name>_1_ndi.nii.gz`, .... A file that no run wrote, such as a true map, is never
@@ -64,7 +63,8 @@ class SaveNoddiMapsd(MapTransform):
             results go into `output_dir` itself.
         name_key: key of the name of each item (`shared.noddi_items`); an item without it is called after its file.
         weights_path: file whose SHA-256 is stated; `None` states null.
-        settings: stated in the JSON: seed, num_inference_steps, num_samples, deterministic, ...
+        settings: stated in the JSON: seed, num_inference_steps, num_samples, deterministic, ... Of a deterministic
+            result the first three are null: nothing was drawn.
 
     Raises:
         ValueError: maps of another shape or grid than the doubled one, features without their metadata, values
@@ -92,6 +92,8 @@ class SaveNoddiMapsd(MapTransform):
         self.reference_key, self.name_key = reference_key, name_key
         self.weights_path = weights_path
         self.settings = {name: chosen(value) for name, value in settings.items()}
+        if str(self.settings.get("deterministic")).lower() == "true":  # a command line may hand over text
+            self.settings |= {name: None for name in _OF_DRAWN if name in self.settings}
         self._made_with: dict[str, Any] | None = None
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -161,32 +163,7 @@ class SaveNoddiMapsd(MapTransform):
         # The name of a file may be that of a patient: in the JSON beside the maps, not inside what is passed on.
         save_json({**description, "source": Path(path).name, "files": files}, sidecar)
         for kind, channel in zip(kinds, values, strict=True):
-            write_map(channel, stem.with_name(files[kind]), affine=affine, like=path)
-
-
-def write_map(values: np.ndarray, path: str | os.PathLike, *, affine: np.ndarray, like: str | os.PathLike) -> None:
-    """Write a map as gzipped NIfTI on a grid of its own; the same input gives the same bytes.
-
-    Args:
-        values: `(X, Y, Z)`, stored as float32 without slope and intercept.
-        path: file to write, `.nii.gz`.
-        affine: (4, 4) voxel indices to mm in RAS+, of the sform and, where it is free of shear, of the qform too.
-        like: NIfTI file whose kind of space (scanner, aligned, template) and units are taken, nothing else.
-    """
-    source: Any = nibabel.load(like)
-    image = nibabel.Nifti1Image(np.ascontiguousarray(values, dtype=np.float32), None)
-    space = int(source.header["sform_code"]) or int(source.header["qform_code"]) or _NIFTI_ALIGNED
-    image.header.set_sform(affine, code=space)
-    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    # A qform is a rotation and voxel sizes: written with shear it would contradict the sform.
-    orthogonal = np.allclose(axes.T @ axes, np.eye(3), atol=1e-4)
-    image.header.set_qform(affine, code=space if orthogonal else 0)
-    image.header["xyzt_units"] = source.header["xyzt_units"] & 7  # of space; there is no time
-    image.header["descrip"] = DESCRIPTION
-    image.header["intent_name"] = "synthetic"
-    with atomic_path(path) as temporary:
-        # nibabel picks the format by the name, which is a temporary one; a fixed time keeps the bytes the same.
-        temporary.write_bytes(gzip.compress(image.to_bytes(), compresslevel=4, mtime=0))
+            write_nifti(channel, stem.with_name(files[kind]), like=path, affine=affine)
 
 
 def _affine_of(features: MetaTensor) -> np.ndarray:

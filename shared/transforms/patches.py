@@ -15,8 +15,7 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform
 
 from shared.cache_keys import describe, file_signature
-from shared.diffusion_series import path_of
-from shared.gradients import gradients_beside
+from shared.diffusion_series import gradient_files_of, path_of
 from shared.transforms.diffusion_mri import MAP_KEYS, Features, load_features, load_maps
 from shared.volume_cache import VolumeCache
 
@@ -58,7 +57,7 @@ class LoadFeaturePatchd(MapTransform):
         if dwi is None:
             raise ValueError(f"{self.keys[0]}: expected the path of a series, got the keys {sorted(data)}; add it.")
         item = {**data, "dwi": dwi}
-        files = [dwi, *_gradient_files(item), path_of(item, ("mask",))]
+        files = [dwi, *gradient_files_of(item, dwi), path_of(item, ("mask",))]
         key = f"features_{_key(files, describe(self.features))}"
         volume = self.cache.get(key, lambda: load_features(item, self.features).as_tensor().numpy())
         return {**data, self.name: _patch(volume, data)}
@@ -97,14 +96,6 @@ class LoadMapPatchd(MapTransform):
         if "map_id" in data:
             volume = volume[int(data["map_id"])][None]
         return {**data, self.name: _patch(volume, data, factor=2)}
-
-
-def _gradient_files(item: Mapping[Any, Any]) -> tuple[str, str]:
-    bval, bvec = path_of(item, ("bval",)), path_of(item, ("bvec",))
-    if bval is None or bvec is None:
-        beside = gradients_beside(item["dwi"])
-        bval, bvec = bval or beside[0], bvec or beside[1]
-    return bval, bvec
 
 
 def _key(files: Sequence[str | None], settings: Any) -> str:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,14 +106,15 @@ def read_voxels(path: str, proxy: Any, index: Any) -> np.ndarray:
         with np.errstate(over="ignore"):  # too large for float32: named below
             values = np.asarray(proxy[index]).astype(np.float32)
     except Exception as error:  # gzip, zlib, struct, nibabel and numpy each raise their own kind
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if not np.isfinite(values).all():
         count = int((~np.isfinite(values)).sum())
         raise ValueError(f"{path}: expected finite voxels, but {count} are NaN or infinite; repair or remove the file")
     return values
 
 
-def _unreadable(path: str, error: Exception) -> ValueError:
+def unreadable(path: str, error: Exception) -> ValueError:
+    """What to raise for a file that its decoder refused; each raises its own kind of error."""
     return ValueError(
         f"{path}: expected a readable file, but got ({type(error).__name__}: {error}); copy it anew or remove it"
     )
@@ -125,7 +126,7 @@ def _read_picture_labels(path: str) -> np.ndarray:
         with Image.open(path) as picture:
             values = np.asarray(picture)
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if values.ndim != 2:
         raise ValueError(f"{path}: expected a picture of one channel, but got the shape {values.shape}; export it anew")
     return values.astype(np.float32)
@@ -154,24 +155,44 @@ def open_volume(path: str | os.PathLike) -> VolumeFile:
         return VolumeFile(name, (*_picture_shape(name), 1), np.eye(4), None)
     if not name.lower().endswith(VOLUME_SUFFIXES):
         raise ValueError(f"{name}: expected a file .nii, .nii.gz or .png; convert it (dcm2niix for DICOM)")
-    try:
-        image: Any = nibabel.load(name)
-        shape, affine = tuple(int(n) for n in image.shape), np.asarray(image.affine, dtype=np.float64)
-        kind = np.dtype(image.dataobj.dtype)
-    except Exception as error:
-        raise _unreadable(name, error) from error
+    image, shape = open_header(name)
     if len(shape) < 2 or 0 in shape or any(n != 1 for n in shape[3:]):
         raise ValueError(
             f"{name}: expected a 3-D volume, but got the shape {shape}; "
             "write the one volume that is meant into a file of its own (fslroi, mrconvert -coord)"
         )
+    return grey_file(name, image, (*shape, 1)[:3])
+
+
+def open_header(path: str) -> tuple[Any, tuple[int, ...]]:
+    """A nibabel image, of which no voxel is read, and its shape.
+
+    Raises:
+        ValueError: unreadable.
+    """
+    try:
+        image: Any = nibabel.load(path)
+        shape = tuple(int(n) for n in image.shape)
+        np.asarray(image.affine, dtype=np.float64), np.dtype(image.dataobj.dtype)  # not every format has them
+    except Exception as error:
+        raise unreadable(path, error) from error
+    return image, shape
+
+
+def grey_file(path: str, image: Any, shape: Sequence[int]) -> VolumeFile:
+    """Of an image from `open_header`, with the shape (X, Y, Z) of one of its volumes.
+
+    Raises:
+        ValueError: no grey values, or an affine that is not finite and invertible.
+    """
+    kind, affine = np.dtype(image.dataobj.dtype), np.asarray(image.affine, dtype=np.float64)
     if kind.kind not in "iuf":
-        raise ValueError(f"{name}: expected grey values, but got voxels of the type {kind}; convert the file")
+        raise ValueError(f"{path}: expected grey values, but got voxels of the type {kind}; convert the file")
     try:
         orientation_of(affine)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}; repair the header or export the file anew") from error
-    return VolumeFile(name, (shape[0], shape[1], shape[2] if len(shape) > 2 else 1), affine, image.dataobj)
+        raise ValueError(f"{path}: {error}; repair the header or export the file anew") from error
+    return VolumeFile(path, (shape[0], shape[1], shape[2]), affine, image.dataobj)
 
 
 def _picture_shape(path: str) -> tuple[int, int]:
@@ -179,7 +200,7 @@ def _picture_shape(path: str) -> tuple[int, int]:
         with Image.open(path) as picture:
             return picture.height, picture.width
     except Exception as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 class LoadVolumed(MapTransform):

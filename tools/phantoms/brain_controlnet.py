@@ -10,11 +10,8 @@ them.
 
 from __future__ import annotations
 
-import gzip
-import multiprocessing
 import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +19,13 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from shared.datalist import FILE_NAME, SECTIONS, split_by_subject, write_datalist
-from shared.files import atomic_path
+from shared.datalist import FILE_NAME, split_by_subject, write_datalist
+from shared.nifti_files import grid_image, save_image
 from tools.phantoms.brain_anatomy import draw_head, draw_waves
 from tools.phantoms.brain_lesions import add_lesions
 from tools.phantoms.brain_signal import TISSUES, Flair, Mprage, add_rician_noise, mix, vary
 from tools.phantoms.brain_tissues import Maps, tissue_maps
+from tools.phantoms.dataset_folder import empty_folder, make_all, numbers, shares_of
 
 __all__ = ["make_dataset", "make_subject"]
 
@@ -76,15 +74,13 @@ def make_dataset(
         ValueError: an illegal option, named first in the message.
         FileExistsError: `out` is not empty and `overwrite` is false.
     """
-    shape = _numbers("size", size, count=3)
-    voxel = _numbers("spacing", spacing, count=3, repeat=True)
-    shares = _numbers("split", split, count=len(SECTIONS))
+    shape = numbers("size", size, count=3)
+    voxel = numbers("spacing", spacing, count=3, repeat=True)
+    shares = shares_of(split)
     if any(side != int(side) for side in shape) or min(shape[:2]) < 16 or shape[2] < 1:
         raise ValueError(f"size: expected three whole numbers, the first two at least 16, got {size!r}")
     if min(voxel) <= 0:
         raise ValueError(f"spacing: expected millimetres above 0, got {spacing!r}")
-    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-        raise ValueError(f"split: expected shares >= 0 that sum to 1 ({', '.join(SECTIONS)}), got {split!r}")
     if n < (wanted := sum(share > 0 for share in shares)):
         raise ValueError(f"n: expected at least {wanted} subjects for {wanted} sections with a share, got {n}; raise n")
     if seed < 0:
@@ -95,7 +91,7 @@ def make_dataset(
         raise ValueError(f"{'noise' if noise < 0 else 'bias'}: expected a number >= 0, got {min(noise, bias)}")
     if workers < 1:
         raise ValueError(f"workers: expected at least 1 process, got {workers}")
-    folder = _prepare(Path(out), overwrite)
+    folder = empty_folder(Path(out), overwrite=overwrite, made=(FILE_NAME, "sub-*/anat/sub-*.nii.gz"))
     write = partial(
         _write_subject,
         folder=folder,
@@ -106,17 +102,11 @@ def make_dataset(
         noise=noise,
         bias=bias,
     )
-    if workers == 1:
-        items = [write(number) for number in range(1, n + 1)]
-    else:
-        # a fresh interpreter per process: forking a process that has loaded torch can hang
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            items = list(pool.map(write, range(1, n + 1)))
     # written last and renamed into place: a folder with a datalist is complete
     return str(
         write_datalist(
             folder,
-            split_by_subject(items, shares, seed=seed),
+            split_by_subject(make_all(write, n, workers=workers), shares, seed=seed),
             name="brain_controlnet phantoms",
             description=f"Synthetic T1w and FLAIR heads: n={n}, size={[int(side) for side in shape]}, spacing={voxel}, "
             f"seed={seed}, lesions={lesions}, split={shares}, noise={noise}, bias={bias}",
@@ -148,7 +138,7 @@ def make_subject(
     for (name, sequence), scan in zip(SEQUENCES.items(), scans, strict=True):
         volumes[name] = _acquire(maps, sequence, tissues, axes, scan, noise=noise, bias=bias)
     volumes["desc-brain_mask"] = maps.brain.astype(np.uint8)
-    affine = _affine(size, spacing, place)
+    affine = oblique_affine(size, spacing, place, degrees=MAX_OBLIQUE, middle=(0, 0, SLAB_MIDDLE))
     return {name: _store(volume, affine, flipped=number % 2 == 0) for name, volume in volumes.items()}
 
 
@@ -171,17 +161,24 @@ def _acquire(
     return np.rint(np.minimum(measured, np.iinfo(np.int16).max)).astype(np.int16)
 
 
-def _affine(size: Sequence[int], spacing: Sequence[float], rng: np.random.Generator) -> np.ndarray:
-    """RAS affine in mm: a rotation of at most `MAX_OBLIQUE` degrees about a random axis, and the table's offset."""
+def oblique_affine(
+    size: Sequence[int],
+    spacing: Sequence[float],
+    rng: np.random.Generator,
+    *,
+    degrees: float,
+    middle: Sequence[float] = (0, 0, 0),
+) -> np.ndarray:
+    """RAS affine in mm: a rotation of at most so many degrees about a random axis, and the table's random offset of the
+    grid's `middle`."""
     axis = rng.normal(size=3)
     x, y, z = axis / np.linalg.norm(axis)
-    angle = np.radians(rng.uniform(0.5, MAX_OBLIQUE))
+    angle = np.radians(rng.uniform(0.5, degrees))
     cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
     rotation = np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
     affine = np.eye(4)
     affine[:3, :3] = rotation * np.asarray(spacing)
-    middle = rng.uniform(-20, 20, size=3) + (0, 0, SLAB_MIDDLE)
-    affine[:3, 3] = middle - affine[:3, :3] @ ((np.asarray(size) - 1) / 2)
+    affine[:3, 3] = rng.uniform(-20, 20, size=3) + middle - affine[:3, :3] @ ((np.asarray(size) - 1) / 2)
     return affine
 
 
@@ -191,12 +188,7 @@ def _store(volume: np.ndarray, affine: np.ndarray, *, flipped: bool) -> nib.Nift
         turn = np.diag([-1.0, -1.0, 1.0, 1.0])
         turn[:2, 3] = np.array(volume.shape[:2]) - 1
         volume, affine = volume[::-1, ::-1], affine @ turn
-    image = nib.Nifti1Image(np.ascontiguousarray(volume), affine)
-    image.set_sform(affine, code=1)
-    image.set_qform(affine, code=1)
-    image.header.set_xyzt_units("mm")
-    image.header["descrip"] = b"synthetic head phantom"
-    return image
+    return grid_image(volume, affine, description="synthetic head phantom")
 
 
 def _write_subject(number: int, *, folder: Path, **options: Any) -> dict[str, Any]:
@@ -205,9 +197,7 @@ def _write_subject(number: int, *, folder: Path, **options: Any) -> dict[str, An
     paths = {}
     for name, image in images.items():
         paths[name] = folder / subject / "anat" / f"{subject}_{name}.nii.gz"
-        # no time stamp and no name in the gzip header, or equal runs would give different bytes
-        with atomic_path(paths[name]) as temporary:
-            temporary.write_bytes(gzip.compress(image.to_bytes(), compresslevel=4, mtime=0))
+        save_image(image, paths[name])
     return {
         "t1w": os.path.relpath(paths["T1w"], folder),
         "flair": os.path.relpath(paths["FLAIR"], folder),
@@ -215,33 +205,3 @@ def _write_subject(number: int, *, folder: Path, **options: Any) -> dict[str, An
         "subject": subject,
         "num_slices": images["T1w"].shape[2],
     }
-
-
-def _numbers(name: str, value: Any, *, count: int, repeat: bool = False) -> list[float]:
-    """Numbers of an option given as "a,b,c", as a sequence or, with `repeat`, as one number for all."""
-    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, Sequence) else [value]
-    try:
-        numbers = [float(part) for part in parts]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: expected {count} numbers such as 1,2,3, got {value!r}") from error
-    if repeat and len(numbers) == 1:
-        numbers = numbers * count
-    if len(numbers) != count or not np.isfinite(numbers).all():
-        raise ValueError(f"{name}: expected {count} numbers{' or one' if repeat else ''}, got {value!r}")
-    return numbers
-
-
-def _prepare(folder: Path, overwrite: bool) -> Path:
-    if folder.exists() and any(folder.iterdir()):
-        if not overwrite:
-            raise FileExistsError(
-                f"{folder}: expected an empty or absent folder; choose another one or use --overwrite"
-            )
-        (folder / FILE_NAME).unlink(missing_ok=True)
-        for path in folder.glob("sub-*/anat/sub-*.nii.gz"):
-            path.unlink()
-        for path in [*folder.glob("sub-*/anat"), *folder.glob("sub-*")]:
-            if not any(path.iterdir()):
-                path.rmdir()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

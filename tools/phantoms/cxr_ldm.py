@@ -20,6 +20,7 @@ from PIL import Image
 from tools.phantoms.chest_anatomy import FINDINGS, SEVERITIES, Anatomy, Finding, draw_finding, draw_patient
 from tools.phantoms.chest_render import render
 from tools.phantoms.chest_reports import finding_prompt, write_report
+from tools.phantoms.dataset_folder import empty_folder
 
 __all__ = [
     "FINDINGS",
@@ -85,7 +86,8 @@ def make_dataset(
         raise ValueError(f"text: expected {' or '.join(TEXTS)}, got {text!r}")
     patients = _patients(n, seed)
     bounds = _cut([studies for _, studies in patients], shares)
-    folder = _prepare(Path(out), overwrite)
+    folder = empty_folder(Path(out), overwrite=overwrite, made=("datalist.json", "images/p?????_s?.png"))
+    (folder / "images").mkdir(exist_ok=True)
 
     items: list[dict[str, Any]] = []
     first = [0]
@@ -152,20 +154,6 @@ def _cut(studies: list[int], shares: list[float]) -> list[tuple[int, int]]:
         bounds.append((begin, end))
         begin = end
     return bounds
-
-
-def _prepare(folder: Path, overwrite: bool) -> Path:
-    images = folder / "images"
-    if folder.exists() and any(folder.iterdir()):
-        if not overwrite:
-            raise FileExistsError(
-                f"{folder}: expected an empty or absent folder; choose another one or use --overwrite"
-            )
-        (folder / "datalist.json").unlink(missing_ok=True)
-        for path in images.glob("p?????_s?.png"):
-            path.unlink()
-    images.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _finding_of_item(index: int, seed: int) -> tuple[str, str]:

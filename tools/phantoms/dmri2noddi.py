@@ -10,22 +10,20 @@ Brains are made of formulas, signals of the NODDI model (`noddi_signal`); no pat
 
 from __future__ import annotations
 
-import gzip
-import multiprocessing
-import shutil
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 
-from shared.datalist import FILE_NAME, SECTIONS, split_by_subject, write_datalist
+from shared.datalist import FILE_NAME, split_by_subject, write_datalist
 from shared.files import atomic_path
 from shared.gradients import GradientTable
+from shared.nifti_files import grid_image, save_image
 from shared.resolution import halved_affine
+from tools.phantoms.brain_controlnet import oblique_affine
+from tools.phantoms.dataset_folder import empty_folder, make_all, numbers, shares_of
 from tools.phantoms.noddi_acquisition import acquire, default_table, read_table
 from tools.phantoms.noddi_anatomy import NoddiMaps, draw_maps
 
@@ -79,12 +77,10 @@ def make_dataset(
         ValueError: an illegal option, named first in the message.
         FileExistsError: `out` is not empty and `overwrite` is false.
     """
-    sides = _numbers("shape", shape)
-    shares = _numbers("split", split)
+    sides = numbers("shape", shape, count=3)
+    shares = shares_of(split)
     if any(side % 2 for side in sides) or min(sides) < MIN_SIDE:
         raise ValueError(f"shape: expected three even numbers of at least {MIN_SIDE}, got {shape!r}")
-    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-        raise ValueError(f"split: expected shares >= 0 that sum to 1 ({', '.join(SECTIONS)}), got {split!r}")
     if num_subjects < (wanted := sum(share > 0 for share in shares)):
         raise ValueError(f"num_subjects: expected at least {wanted}, one for each section, got {num_subjects}")
     if seed < 0:
@@ -99,7 +95,9 @@ def make_dataset(
     if workers < 1:
         raise ValueError(f"workers: expected at least 1 process, got {workers}")
     table = read_table(gradient_table) if gradient_table else default_table()
-    folder = _prepare(Path(out), overwrite)
+    folder = empty_folder(
+        Path(out), overwrite=overwrite, made=(FILE_NAME, "subjects/sub-*/*.nii.gz", "subjects/sub-*/dwi.bv*")
+    )
     write = partial(
         _write_subject,
         folder=folder,
@@ -110,17 +108,11 @@ def make_dataset(
         snr=float(snr) if str(noise).lower() == "rician" else None,
         lesions=lesions,
     )
-    if workers == 1:
-        items = [write(number) for number in range(1, num_subjects + 1)]
-    else:
-        # a fresh interpreter per process: forking a process that has loaded torch can hang
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            items = list(pool.map(write, range(1, num_subjects + 1)))
     # written last and renamed into place: a folder with a datalist is complete
     return str(
         write_datalist(
             folder,
-            split_by_subject(items, shares, seed=seed),
+            split_by_subject(make_all(write, num_subjects, workers=workers), shares, seed=seed),
             name="dmri2noddi phantoms",
             description=f"Synthetic diffusion MRI with true NODDI maps: num_subjects={num_subjects}, "
             f"shape={[int(side) for side in sides]}, seed={seed}, noise={noise}, snr={snr}, lesions={lesions}, "
@@ -151,22 +143,10 @@ def make_subject(
     """
     body, place, scanner = np.random.default_rng([seed, number, _SUBJECT]).spawn(3)
     maps = draw_maps(shape, body, lesions=bool(place.random() < lesions))
-    affine = _affine(shape, place)
+    affine = oblique_affine(shape, [VOXEL] * 3, place, degrees=MAX_OBLIQUE)
     gain = np.exp(place.uniform(np.log(1000.0), np.log(4000.0)))
     volumes = acquire(maps, default_table() if table is None else table, affine, scanner, snr=snr)
     return maps, volumes * np.float32(gain), affine
-
-
-def _affine(shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
-    """RAS affine in mm: a rotation of at most `MAX_OBLIQUE` degrees about a random axis, and the table's offset."""
-    axis = rng.normal(size=3)
-    x, y, z = axis / np.linalg.norm(axis)
-    angle = np.radians(rng.uniform(0.5, MAX_OBLIQUE))
-    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-    affine = np.eye(4)
-    affine[:3, :3] = (np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross) * VOXEL
-    affine[:3, 3] = rng.uniform(-20, 20, size=3) - affine[:3, :3] @ ((np.asarray(shape) - 1) / 2)
-    return affine
 
 
 def _write_subject(
@@ -185,46 +165,11 @@ def _write_subject(
     if directions:
         files["direction"] = (np.moveaxis(maps.first, 0, -1), affine)
     for name, (values, place) in files.items():
-        _save(folder / "subjects" / subject / f"{name}.nii.gz", values, place)
+        image = grid_image(values, place, description="synthetic brain phantom")
+        save_image(image, folder / "subjects" / subject / f"{name}.nii.gz")
     rows = {"bval": table.bvals[None], "bvec": table.bvecs.T}
     for name, lines in rows.items():
         with atomic_path(folder / "subjects" / subject / f"dwi.{name}") as temporary:
             temporary.write_text("".join(" ".join(f"{v:.6g}" for v in line) + "\n" for line in lines), encoding="utf-8")
     item: dict[str, Any] = {name: f"subjects/{subject}/{name}.nii.gz" for name in ("dwi", "mask", "ndi", "odi", "fwf")}
     return item | {name: f"subjects/{subject}/dwi.{name}" for name in rows} | {"subject": subject}
-
-
-def _save(path: Path, values: np.ndarray, affine: np.ndarray) -> None:
-    image = nib.Nifti1Image(np.ascontiguousarray(values), affine)
-    image.set_sform(affine, code=1)
-    image.set_qform(affine, code=1)
-    image.header.set_xyzt_units("mm")
-    image.header["descrip"] = b"synthetic brain phantom"
-    # no time stamp and no name in the gzip header, or equal runs would give different bytes
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(gzip.compress(image.to_bytes(), compresslevel=4, mtime=0))
-
-
-def _numbers(name: str, value: Any) -> list[float]:
-    """Three finite numbers of an option given as "a,b,c" or as a sequence."""
-    parts = value.strip("[]() ").split(",") if isinstance(value, str) else value
-    try:
-        found = [float(part) for part in parts]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: expected 3 numbers such as 1,2,3, got {value!r}") from error
-    if len(found) != 3 or not np.isfinite(found).all():
-        raise ValueError(f"{name}: expected 3 numbers, got {value!r}")
-    return found
-
-
-def _prepare(folder: Path, overwrite: bool) -> Path:
-    if folder.exists() and any(folder.iterdir()):
-        if not overwrite:
-            raise FileExistsError(
-                f"{folder}: expected an empty or absent folder; choose another one or use --overwrite"
-            )
-        (folder / FILE_NAME).unlink(missing_ok=True)
-        for path in (folder / "subjects").glob("sub-*"):
-            shutil.rmtree(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from shared.datalist import FILE_NAME, SECTIONS, split_by_subject, write_datalist
+from shared.datalist import FILE_NAME, split_by_subject, write_datalist
 from shared.files import atomic_path
 from tools.phantoms import fundus, polyps
+from tools.phantoms.dataset_folder import empty_folder, numbers, shares_of
 
 __all__ = ["KINDS", "make_dataset", "make_group"]
 
@@ -65,11 +66,9 @@ def make_dataset(
         FileExistsError: `out` is not empty and `overwrite` is false.
     """
     sides = numbers("size", size, count=2)
-    shares = numbers("split", split, count=len(SECTIONS))
+    shares = shares_of(split)
     if any(side != int(side) for side in sides) or min(sides) < MIN_SIDE:
         raise ValueError(f"size: expected height and width as whole numbers of at least {MIN_SIDE}, got {size!r}")
-    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-        raise ValueError(f"split: expected shares >= 0 that sum to 1 ({', '.join(SECTIONS)}), got {split!r}")
     if num_images < (needed := MAX_PICTURES * sum(share > 0 for share in shares)):
         raise ValueError(
             f"num_images: expected at least {needed}, {MAX_PICTURES} for each section with a share, got {num_images}"
@@ -78,7 +77,7 @@ def make_dataset(
         raise ValueError(f"seed: expected an integer >= 0, got {seed}")
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    folder = _prepare(Path(out), overwrite)
+    folder = empty_folder(Path(out), overwrite=overwrite, made=(FILE_NAME, "images/g????_?.png", "masks/g????_?.png"))
     height_width = (int(sides[0]), int(sides[1]))
     items: list[dict[str, Any]] = []
     number = 0
@@ -136,33 +135,3 @@ def _write_group(folder: Path, number: int, *, limit: int, **options: Any) -> li
         files = {"image": f"images/{name}", "label": f"masks/{name}"}
         items.append(files | {"subject": group, "group": group, "kind": kind})
     return items
-
-
-def numbers(name: str, value: Any, *, count: int) -> list[float]:
-    """Numbers of an option given as "a,b,c" or as a sequence.
-
-    Raises:
-        ValueError: other than `count` finite numbers.
-    """
-    parts = value.strip("[]() ").split(",") if isinstance(value, str) else value
-    try:
-        found = [float(part) for part in parts]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: expected {count} numbers such as 1,2,3, got {value!r}") from error
-    if len(found) != count or not np.isfinite(found).all():
-        raise ValueError(f"{name}: expected {count} numbers, got {value!r}")
-    return found
-
-
-def _prepare(folder: Path, overwrite: bool) -> Path:
-    if folder.exists() and any(folder.iterdir()):
-        if not overwrite:
-            raise FileExistsError(
-                f"{folder}: expected an empty or absent folder; choose another one or use --overwrite"
-            )
-        (folder / FILE_NAME).unlink(missing_ok=True)
-        for place in ("images", "masks"):
-            for path in (folder / place).glob("g????_?.png"):
-                path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

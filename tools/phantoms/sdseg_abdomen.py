@@ -9,16 +9,15 @@ Shapes are made of formulas; no patient and no scan stands behind them.
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 
-from shared.files import atomic_path
+from shared.nifti_files import grid_image, save_image
 from tools.phantoms.abdomen import FIELD_OF_VIEW, MIDDLE, draw_abdomen, render
-from tools.phantoms.sdseg import numbers
+from tools.phantoms.dataset_folder import empty_folder, numbers
 
 __all__ = ["NUMBERS", "make_dataset", "make_patient"]
 
@@ -64,13 +63,13 @@ def make_dataset(
         raise ValueError(f"num_volumes: expected 1 to {len(NUMBERS)}, the cases of BTCV, got {num_volumes}")
     if seed < 0:
         raise ValueError(f"seed: expected an integer >= 0, got {seed}")
-    folder = _prepare(Path(out), overwrite)
+    training = "RawData/Training"
+    made = (f"{training}/img/img????.nii.gz", f"{training}/label/label????.nii.gz")
+    folder = empty_folder(Path(out), overwrite=overwrite, made=made) / training
     for number in sorted(NUMBERS[:num_volumes]):
         images = make_patient(number, size=(int(sides[0]), int(sides[1]), int(sides[2])), seed=seed)
         for name, image in zip(("img", "label"), images, strict=True):
-            # no time stamp and no name in the gzip header, or equal runs would give different bytes
-            with atomic_path(folder / name / f"{name}{number:04d}.nii.gz") as temporary:
-                temporary.write_bytes(gzip.compress(image.to_bytes(), compresslevel=4, mtime=0))
+            save_image(image, folder / name / f"{name}{number:04d}.nii.gz")
     return str(folder.parent)
 
 
@@ -94,23 +93,6 @@ def make_patient(
     turn[:3, 3] = np.where(signs < 0, np.array(size) - 1, 0)
     images = []
     for array in (values, label):
-        image = nib.Nifti1Image(np.ascontiguousarray(array[:: signs[0], :: signs[1]]), affine @ turn)
-        image.set_sform(affine @ turn, code=1)
-        image.set_qform(affine @ turn, code=1)
-        image.header.set_xyzt_units("mm")
-        image.header["descrip"] = b"synthetic abdomen phantom"
-        images.append(image)
+        turned = array[:: signs[0], :: signs[1]]
+        images.append(grid_image(turned, affine @ turn, description="synthetic abdomen phantom"))
     return images[0], images[1]
-
-
-def _prepare(out: Path, overwrite: bool) -> Path:
-    """Folder `RawData/Training` in an empty `out`; with `overwrite` earlier volumes are removed."""
-    folder = out / "RawData" / "Training"
-    if out.exists() and any(out.iterdir()):
-        if not overwrite:
-            raise FileExistsError(f"{out}: expected an empty or absent folder; choose another one or use --overwrite")
-        for name in ("img", "label"):
-            for path in (folder / name).glob(f"{name}????.nii.gz"):
-                path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

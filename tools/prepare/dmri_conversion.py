@@ -15,6 +15,7 @@ from shared.datalist import PATH_KEYS
 from shared.files import save_json, sha256_of_file
 from shared.gradient_axes import check_axes
 from shared.gradients import GradientTable, read_gradients
+from shared.nifti_files import grid_image, save_image
 from shared.resolution import block_average, doubled_affine, halved_affine, kspace_downsample
 from tools.prepare.dmri_subjects import MAPS, Subject, UnfitSubjectError
 from tools.prepare.dmri_volumes import (
@@ -25,13 +26,12 @@ from tools.prepare.dmri_volumes import (
     read_map,
     read_mask_on,
     read_signal,
-    write_nifti,
     write_table,
 )
 
 METHODS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"kspace": kspace_downsample, "block": block_average}
 RECORD = "prepared.json"
-_VERSION = 1  # of what is written; another one prepares anew
+_VERSION = 2  # of what is written; another one prepares anew
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ def _check_axes(
     try:
         result = check_axes(signal, table, inside, affine=affine)
     except ValueError as error:
+        if str(error).startswith("gradient table"):  # too few directions for a tensor: there is nothing to judge by
+            return table, [("axes not checked", f"{subject.files['bvec']}: {error}")]
         raise UnfitSubjectError("signal", f"{subject.files['dwi']}: {error}") from error
     bvec = subject.files["bvec"]
     if not result.clearly_wrong:
@@ -123,15 +125,15 @@ def _prepare(subject: Subject, recipe: Recipe, folder: Path) -> Prepared:
     brain = block_average(inside.astype(np.float32)) > 0
     table, found = _check_axes(signal, table, brain, halved.affine, subject, recipe)
     levels, slope = encode(signal, brain)
-    if slope is None:
+    if levels is signal:
         found.append(("stored as float32", f"{files['dwi']}: 16 bits are too coarse beside its brightest voxel"))
-    write_nifti(folder / "dwi.nii.gz", levels, halved.affine, high.code, slope)
+    del signal  # a second copy of the series, while the file is packed in memory
+    save_image(grid_image(levels, halved.affine, code=high.code, slope=slope), folder / "dwi.nii.gz")
     write_table(folder, table)
     # From the affine of the halved grid, so that a reader who doubles it gets the same numbers.
     affine = doubled_affine(halved.affine)
-    write_nifti(folder / "mask.nii.gz", inside.astype(np.uint8), affine, high.code)
-    for key, values in maps.items():
-        write_nifti(folder / f"{key}.nii.gz", values, affine, high.code)
+    for key, values in {"mask": inside.astype(np.uint8), **maps}.items():
+        save_image(grid_image(values, affine, code=high.code), folder / f"{key}.nii.gz")
     shells = table.shells()
     item: dict[str, Any] = {key: f"{key}.nii.gz" for key in ("dwi", "mask", *MAPS)}
     item |= {"bval": "dwi.bval", "bvec": "dwi.bvec", "subject": subject.name}

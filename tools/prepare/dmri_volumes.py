@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from shared.dmri_check import check_fractions, read_mask
 from shared.files import atomic_path
 from shared.gradients import GradientTable
+from shared.nifti_files import space_of
 from shared.pair_checks import check_same_grid
 from tools.prepare.dmri_subjects import UnfitSubjectError
 
@@ -52,8 +52,7 @@ def open_volume(path: Path) -> tuple[Any, Grid, tuple[int, ...]]:
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise UnfitSubjectError("unreadable", f"{path}: expected a finite, invertible affine, but got "
                                 f"{affine.tolist()}; export it anew")  # fmt: skip
-    code = int(image.header["sform_code"]) or int(image.header["qform_code"])
-    return image, Grid(path, tuple(image.shape[:3]), affine, code), tuple(image.shape)
+    return image, Grid(path, tuple(image.shape[:3]), affine, space_of(image)), tuple(image.shape)
 
 
 def check_grid(grid: Grid, wanted: Grid, *, reference: str) -> None:
@@ -176,8 +175,8 @@ def read_signal(image: Any, path: Path, count: int, reduce: Callable[[np.ndarray
     return signal
 
 
-def encode(signal: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, float | None]:
-    """16-bit levels and their slope, or float32 and None where 16 bits would be too coarse for the weakest volume.
+def encode(signal: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, float]:
+    """16-bit levels and their slope, or float32 and 1 where 16 bits would be too coarse for the weakest volume.
 
     The rms error of rounding is step / sqrt(12). A thousandth of the mean signal is far below the noise of any scan
     (a signal-to-noise ratio of 1000 in the weakest volume).
@@ -185,35 +184,11 @@ def encode(signal: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, float | 
     weakest = min(float(signal[..., index][inside].mean()) for index in range(signal.shape[3]))
     step = float(np.float32(signal.max() / 65535))
     if not step / np.sqrt(12) <= _QUANTISATION * weakest:
-        return signal, None
+        return signal, 1.0
     levels = np.empty(signal.shape, np.uint16, order="F")
     for index in range(signal.shape[3]):
         levels[..., index] = np.clip(np.rint(signal[..., index] / step), 0, 65535)
     return levels, step
-
-
-def write_nifti(path: Path, values: np.ndarray, affine: np.ndarray, code: int, slope: float | None = None) -> None:
-    """Write gzipped NIfTI with sform = qform atomically; nothing else of any header is kept, and equal input gives
-    equal bytes.
-
-    Args:
-        path: `.nii.gz`.
-        values: as stored.
-        affine: (4, 4).
-        code: NIfTI code of the world; 0 becomes 2.
-        slope: what a stored level stands for; None: the values themselves.
-    """
-    image = nibabel.Nifti1Image(values, affine)
-    image.header.set_slope_inter(1 if slope is None else slope, 0)
-    image.header.set_xyzt_units("mm")
-    image.set_sform(affine, code or 2)
-    image.set_qform(affine, code or 2)
-    with (
-        atomic_path(path) as temporary,
-        temporary.open("wb") as file,
-        gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as packed,
-    ):
-        image.to_stream(packed)
 
 
 def _write_text(path: Path, text: str) -> None:
