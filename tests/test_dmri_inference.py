@@ -109,7 +109,7 @@ def features_of(item: dict[str, Any]) -> torch.Tensor:
 
 @torch.no_grad()
 def maps_by_hand(
-    state: Path, item: dict[str, Any], *, one_map: bool, seed: int | None, velocity: bool = False
+    state: Path, item: dict[str, Any], *, one_map: bool, seed: int | None, velocity: bool = False, start: float = 1.0
 ) -> np.ndarray:
     """Sections 4.2, 4.4 and 4.6 of the handbook, with the loop run forwards to the end; ``None``: the encoder alone."""
     model = network(one_map=one_map)
@@ -125,8 +125,10 @@ def maps_by_hand(
         marks = [torch.full_like(padded[:, :1], float(m == k)) for k in passes] if one_map else []
         x = condition = (model.encoder(torch.cat([padded, *marks], dim=1)) - mean) / std
         if noise is not None:
-            x = noise[m]
-            for t in (999, 749, 499, 249):
+            times = [t for t in (999, 749, 499, 249) if t < 1000 * start]
+            level = alpha_bar[times[0]] if start < 1 else 0.0  # arXiv:2112.05146: the estimate, noised
+            x = level**0.5 * condition + (1 - level) ** 0.5 * noise[m]
+            for t in times:
                 predicted = model.unet(torch.cat((x, condition), dim=1), torch.tensor([t]))
                 signal, sigma = alpha_bar[t] ** 0.5, (1 - alpha_bar[t]) ** 0.5
                 if velocity:  # arXiv:2202.00512, appendix D
@@ -143,19 +145,28 @@ def maps_by_hand(
     return torch.cat(maps).clamp(0, 1)[:, : shape[0], : shape[1], : shape[2]].numpy() * brain
 
 
+EPSILON, VELOCITY = ({"noise_schedule#prediction_type": kind} for kind in ("epsilon", "v_prediction"))
+
+
 @pytest.mark.parametrize(
-    ("one_map", "deterministic", "prediction"),
-    [(False, True, "epsilon"), (True, True, "epsilon"), (True, False, "epsilon"), (False, False, "epsilon")]
-    + [(False, False, "v_prediction")],
+    "options",
+    [
+        {"deterministic": True},
+        {"deterministic": True, "one_map": True},
+        EPSILON,
+        {**EPSILON, "one_map": True},
+        VELOCITY,
+        {**EPSILON, "start": 0.5},
+        {**VELOCITY, "start": 0.25, "fusion": "maps", "one_map": True},
+    ],
+    ids=lambda options: " ".join(str(value) for value in options.values()),
 )
-def test_maps_are_those_of_the_method(one_map, deterministic, prediction, head, tmp_path):
+def test_maps_are_those_of_the_method(options, head, tmp_path):
+    one_map, seed = options.get("one_map", False), None if options.get("deterministic") else 5
     models = save_network(tmp_path / "models", one_map=one_map)
-    options = {"one_map": one_map, "deterministic": deterministic, "seed": 5, **WHOLE}
-    options["noise_schedule#prediction_type"] = prediction
-    out = estimate(models, head["dwi"], tmp_path / "out", **options)
-    expected = maps_by_hand(
-        models / "model.pt", head, one_map=one_map, seed=None if deterministic else 5, velocity=prediction != "epsilon"
-    )
+    out = estimate(models, head["dwi"], tmp_path / "out", seed=5, **WHOLE, **options)
+    how = {"one_map": one_map, "velocity": VELOCITY.items() <= options.items(), "start": options.get("start", 1.0)}
+    expected = maps_by_hand(models / "model.pt", head, seed=seed, **how)
     found = maps_in(out)
     assert found.shape == expected.shape == (3, *HR_SHAPE)
     # Rounding can change the nearest code of single voxels.

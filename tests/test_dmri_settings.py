@@ -111,7 +111,7 @@ def test_inference_takes_100_steps_of_10_and_arrives_at_the_clean_latent():
     config = DMRI.config("inference")
     sampler = ConfigParser(config).get_parsed_content("inferer")
     assert (sampler.num_inference_steps, sampler.num_samples, sampler.deterministic) == (100, 1, False)
-    assert sampler.overlap == 0.4375
+    assert (sampler.overlap, sampler.start) == (0.4375, 1.0)
     assert sampler.patch_size == (32, 32, 32)
     assert sampler.fusion == "steps"
     timesteps = diffusion_timesteps(sampler.scheduler, sampler.num_inference_steps)
@@ -130,7 +130,8 @@ def test_options_of_a_client_reach_sampler_and_description():
         parser.set(value, f"displayable_configs#{key}")
     sampler = parser.get_parsed_content("inferer")
     saver = parser.get_parsed_content("postprocessing").transforms[-1]
-    assert {key: getattr(sampler, key) for key in overrides} == overrides == saver.settings
+    assert {key: getattr(sampler, key) for key in overrides} == overrides
+    assert saver.settings == overrides | {"start": sampler.start}
     assert saver.map_names == MAPS
     # MONAI Label's apps show these, the options of the command line by the same name lead to them.
     assert DMRI.config("inference")["displayable_configs"] == {key: f"@{key}" for key in overrides}
