@@ -481,7 +481,7 @@ def test_absent_file_of_the_list_is_named(phantoms, models, tmp_path, capsys):
         ),
         (
             {"patch_stride": [8, 9, 8]},
-            "stride: expected at most the patch size [8, 8, 8], got [8, 9, 8], which leaves voxels",
+            "patch_stride: expected three numbers from 1 to the side of the patch [8, 8, 8], got [8, 9, 8]",
         ),
     ],
     ids=["size", "stride"],
