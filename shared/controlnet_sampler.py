@@ -11,7 +11,7 @@ from monai.data import MetaTensor
 from monai.utils import convert_to_dst_type
 
 from shared.distributed import unwrapped
-from shared.inferers import LatentSampler, Predict, chosen, guide, listed_seeds, number
+from shared.inferers import LatentSampler, Predict, flag, guide, listed_seeds, number
 
 
 class ControlNetSampler(LatentSampler):
@@ -54,9 +54,7 @@ class ControlNetSampler(LatentSampler):
         self.conditioning_scale = [number("conditioning_scale", scale, float, 0, 10) for scale in scales]
         self.guidance_scale = number("guidance_scale", guidance_scale, float, 0, 100)
         self.num_samples = number("num_samples", num_samples, int, 1, 10000)
-        self.share_noise = chosen(share_noise)
-        if not isinstance(self.share_noise, bool):
-            raise ValueError(f"share_noise: expected true or false, got {self.share_noise!r}.")
+        self.share_noise = flag("share_noise", share_noise)
         self.batch_size = None if batch_size is None else number("batch_size", batch_size, int, 1, 2**31)
 
     @torch.no_grad()

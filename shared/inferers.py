@@ -90,6 +90,24 @@ def number(name: str, value: Any, kind: type, low: float, high: float) -> Any:
     return kind(number)
 
 
+def flag(name: str, value: Any, *, words: bool = False) -> bool:
+    """``value`` as true or false; with ``words`` also as text, which fields of clients send."""
+    value = chosen(value)
+    if words and isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected true or false, got {value!r}.")
+    return value
+
+
+def one_of(name: str, value: Any, known: Sequence[str]) -> str:
+    """``value`` if it is one of the ``known`` words."""
+    value = chosen(value)
+    if value not in known:
+        raise ValueError(f"{name}: expected {' or '.join(known)}, got {value!r}.")
+    return value
+
+
 class LatentSampler(Inferer):
     """What samplers of latent diffusion models share: options, seeded noise, the reverse process, decoding.
 

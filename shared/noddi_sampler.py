@@ -13,7 +13,7 @@ from monai.utils import StrEnum, convert_to_dst_type, optional_import
 from torch.nn.functional import pad
 
 from shared.distributed import unwrapped
-from shared.inferers import LatentSampler, Predict, chosen, listed_seeds, number, sample_latents, seeded_noise
+from shared.inferers import LatentSampler, Predict, flag, listed_seeds, number, one_of, sample_latents, seeded_noise
 from shared.schedulers import DeterministicScheduler, diffusion_timesteps
 from shared.segmentation_sampler import SampledOutput
 
@@ -88,15 +88,15 @@ class NoddiSampler(LatentSampler):
             )
         self.patches_per_batch = number("patches_per_batch", patches_per_batch, int, 1, 2**31)
         self.num_samples = number("num_samples", num_samples, int, 1, 10000)
-        self.deterministic = _flag("deterministic", deterministic)
+        self.deterministic = flag("deterministic", deterministic, words=True)
         if self.deterministic and self.num_samples != 1:
             raise ValueError(
                 f"num_samples: expected 1 with deterministic, where all samples are equal, got {self.num_samples}; "
                 "set deterministic to false or num_samples to 1."
             )
-        self.blend = _one_of("blend", blend, ("gaussian", "constant"))
-        self.fusion = PatchFusion(_one_of("fusion", fusion, list(PatchFusion)))
-        self.output = SampledOutput(_one_of("output", output, list(SampledOutput)))
+        self.blend = one_of("blend", blend, ("gaussian", "constant"))
+        self.fusion = PatchFusion(one_of("fusion", fusion, list(PatchFusion)))
+        self.output = SampledOutput(one_of("output", output, list(SampledOutput)))
 
     @torch.no_grad()
     def __call__(
@@ -222,19 +222,3 @@ class NoddiSampler(LatentSampler):
             mode=self.blend,
             progress=False,
         )  # type: ignore[return-value]
-
-
-def _flag(name: str, value: Any) -> bool:
-    value = chosen(value)
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"  # text of a client's form
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}: expected true or false, got {value!r}.")
-    return value
-
-
-def _one_of(name: str, value: Any, known: Sequence[str]) -> str:
-    value = chosen(value)
-    if value not in known:
-        raise ValueError(f"{name}: expected {' or '.join(known)}, got {value!r}.")
-    return value

@@ -11,7 +11,7 @@ from monai.data import MetaTensor
 from monai.utils import StrEnum, convert_to_dst_type
 
 from shared.distributed import unwrapped
-from shared.inferers import LatentSampler, chosen, listed_seeds, number
+from shared.inferers import LatentSampler, flag, listed_seeds, number, one_of
 from shared.networks.segmentation import probabilities
 from shared.segmentation_probability import mask_of
 
@@ -54,14 +54,9 @@ class SegmentationSampler(LatentSampler):
         super().__init__(num_inference_steps=num_inference_steps, **options)
         self.threshold = number("threshold", threshold, float, 0, 1)
         self.num_samples = number("num_samples", num_samples, int, 1, 10000)
-        self.share_noise = chosen(share_noise)
-        if not isinstance(self.share_noise, bool):
-            raise ValueError(f"share_noise: expected true or false, got {self.share_noise!r}.")
+        self.share_noise = flag("share_noise", share_noise)
         self.batch_size = None if batch_size is None else number("batch_size", batch_size, int, 1, 2**31)
-        output = chosen(output)
-        if output not in list(SampledOutput):
-            raise ValueError(f"output: expected {' or '.join(SampledOutput)}, got {output!r}.")
-        self.output = SampledOutput(output)
+        self.output = SampledOutput(one_of("output", output, list(SampledOutput)))
 
     @torch.no_grad()
     def __call__(
