@@ -8,6 +8,7 @@ import inspect
 import json
 import platform
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,13 @@ def software_versions() -> dict[str, str]:
 
 
 def git_commit(folder: str | Path = ".") -> str | None:
-    """Commit of the checkout that holds ``folder``, ending in ``+changes`` when files differ; ``None`` elsewhere."""
+    """Commit of the checkout that holds ``folder``, ending in ``+changes`` when files differ; ``None`` elsewhere.
+
+    In an exported bundle it is the commit that the code was copied from, wherever the copy lies.
+    """
+    exported_from = getattr(sys.modules[__name__.partition(".")[0]], "__commit__", None)
+    if exported_from is not None:
+        return exported_from
     describe = ["describe", "--always", "--dirty=+changes", "--abbrev=40", "--match", ""]
     try:
         return subprocess.run(
