@@ -59,9 +59,7 @@ def export(
     overlay = source / OVERLAY if build == "demo" else overlay
     target = out / task
     if target.exists() and not (target / archive.MANIFEST).is_file():
-        raise ValueError(
-            f"{target}: expected no folder or an earlier export, found something else; choose another --out"
-        )
+        raise ValueError(f"{target}: expected nothing or an earlier export, found something else; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{task}.", dir=out))
     try:
@@ -155,7 +153,7 @@ def _weights(source: Path, weights: Path, models: Path, *, keep_demo: bool) -> N
 
 
 def _resized(metadata: Mapping[str, Any], config: Mapping[str, Any], full: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata whose shapes are those of the weights: numbers that repeat a size of the configuration change with it."""
+    """Metadata with the shapes of the weights: numbers that repeat a size of the configuration change with it."""
     sizes = {}
     for name in _SIZES:
         if name in full:

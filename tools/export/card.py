@@ -8,8 +8,19 @@ from pathlib import Path
 
 INSTALL = "The package of the repository must be installed (`pip install -e .` there)."
 _SELF_CONTAINED = (
-    "Nothing of the repository is needed: the bundle carries its own code in `{package}`, and the packages are those of "
-    "`configs/metadata.json`. Commands with `tools.` are those of the repository."
+    "Nothing of the repository is needed: the bundle carries its own code in `{package}`, and the packages are those "
+    "of `configs/metadata.json`. From another folder without `--bundle_root`, MONAI cannot locate `{package}`. "
+    "Commands with `tools.` are those of the repository."
+)
+_ABOUT = (
+    "\n## This copy\n\nVersion {version}, exported from commit `{commit}`; `manifest.json` states the SHA-256 of every "
+    "file."
+)
+_DEMO = (
+    "**The weights are demo weights, trained on synthetic phantoms only.** The configurations fit them: what the "
+    "commands below reach by laying `configs/tiny.json` over a file is already in it, so that consumers which read "
+    "`configs/inference.json` or `configs/train.json` alone find the sizes of `models/model.pt`. The full-size "
+    "configurations are `configs/published_*.json`; their weights are read from and written to `models/published`."
 )
 _FIRST_SECTION = "\n## Data\n"
 _TINY = "'configs/tiny.json'"
@@ -37,17 +48,8 @@ def card(source: Path, *, package: str, version: str, commit: str, build: str, p
     if build == "demo":
         text = re.sub(r"```bash\n.*?```", lambda block: _full_size(block[0], published), text, flags=re.DOTALL)
         text = text.replace("models/tiny", "models")
-    about = [
-        f"\n## This copy\n\nVersion {version}, exported from commit `{commit}`; `manifest.json` states the SHA-256 of every file."
-    ]
-    if build == "demo":
-        about.append(
-            "**The weights are demo weights, trained on synthetic phantoms only.** The configurations fit them: what the "
-            "commands below reach by laying `configs/tiny.json` over a file is already in it, so that consumers which read "
-            "`configs/inference.json` or `configs/train.json` alone find the sizes of `models/model.pt`. The full-size "
-            "configurations are `configs/published_*.json`; their weights are read from and written to `models/published`."
-        )
-    return text.replace(_FIRST_SECTION, "\n\n".join(about) + "\n" + _FIRST_SECTION)
+    about = _ABOUT.format(version=version, commit=commit) + (f"\n\n{_DEMO}" if build == "demo" else "")
+    return text.replace(_FIRST_SECTION, f"{about}\n{_FIRST_SECTION}")
 
 
 def _full_size(block: str, published: list[str]) -> str:
