@@ -80,9 +80,11 @@ class PromptAgreement:
         confusion = np.zeros((k, k), dtype=np.int64)
         np.add.at(confusion, (prompts, guesses), 1)
         per_class = {
-            name: wilson_interval(int(confusion[i, i]), int(confusion[i].sum()), level=self.level)
-            if confusion[i].sum()
-            else None
+            name: (
+                wilson_interval(int(confusion[i, i]), int(confusion[i].sum()), level=self.level)
+                if confusion[i].sum()
+                else None
+            )
             for i, name in enumerate(self.class_names)
         }
         overall = wilson_interval(int(np.trace(confusion)), n, level=self.level)

@@ -82,18 +82,18 @@ class LoadReportd(MapTransform):
             if key not in result:
                 if self.report_key not in result:
                     raise ValueError(
-                        f"{_name(result)}: expected '{key}' (the text) or '{self.report_key}' (path of a text file) in "
+                        f"{_name(result)}: expected {key!r} (the text) or {self.report_key!r} (path of a text file) in "
                         f"the item, got only {sorted(map(str, result))}; add one of them to datalist.json"
                     )
                 result[key] = read_report(result[self.report_key], allow_empty=self.allow_empty)
             elif not isinstance(result[key], str):
                 raise ValueError(
-                    f"{_name(result)}: expected a string under '{key}', got {type(result[key]).__name__}; "
+                    f"{_name(result)}: expected a string under {key!r}, got {type(result[key]).__name__}; "
                     "correct datalist.json"
                 )
             elif not result[key].strip() and not self.allow_empty:
                 raise ValueError(
-                    f"{_name(result)}: the text under '{key}' is empty; remove the item, or set allow_empty to train "
+                    f"{_name(result)}: the text under {key!r} is empty; remove the item, or set allow_empty to train "
                     "it without a prompt"
                 )
         return result

@@ -173,7 +173,9 @@ def open_header(path: str) -> tuple[Any, tuple[int, ...]]:
     try:
         image: Any = nibabel.load(path)
         shape = tuple(int(n) for n in image.shape)
-        np.asarray(image.affine, dtype=np.float64), np.dtype(image.dataobj.dtype)  # not every format has them
+        # Not every format has them.
+        np.asarray(image.affine, dtype=np.float64)
+        np.dtype(image.dataobj.dtype)
     except Exception as error:
         raise unreadable(path, error) from error
     return image, shape
