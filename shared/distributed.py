@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One training in several processes, one for each GPU, as ``torchrun`` starts them."""
+"""One run in several processes, one for each GPU, as ``torchrun`` starts them."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import inspect
 import json
@@ -10,6 +11,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -25,6 +27,8 @@ from shared.errors import root_cause
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_AT_A_TIME = 16
 
 
 def local_device() -> torch.device:
@@ -69,10 +73,23 @@ def join_processes(device: torch.device | str, *, timeout_hours: float = 6.0) ->
         dist.init_process_group("nccl", timeout=timeout, device_id=device)
     else:
         dist.init_process_group("gloo", timeout=timeout)
-    # ignite looks at the group when it is first asked, and exchanges numbers then: all must ask together.
-    idist.get_world_size()
+    with _without("SLURM_JOB_ID"):
+        # ignite looks at the group when it is first asked, and exchanges numbers then: all must ask together. In a
+        # Slurm job it would replace LOCAL_RANK by Slurm's number of the task, which is that of torchrun itself.
+        idist.get_world_size()
     if rank != 0:
         logging.disable(logging.INFO)
+
+
+@contextlib.contextmanager
+def _without(name: str) -> Iterator[None]:
+    """Hide an environment variable."""
+    value = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[name] = value
 
 
 def leave_processes() -> None:
@@ -103,7 +120,7 @@ def data_parallel(network: nn.Module, *, find_unused_parameters: bool = False) -
 
 
 def is_distributed() -> bool:
-    """Whether this process trains together with others."""
+    """Whether this process works together with others."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -113,7 +130,7 @@ def is_main_process() -> bool:
 
 
 def process_count() -> int:
-    """Number of processes that train together; 1 for a process of its own."""
+    """Number of processes that work together; 1 for a process of its own."""
     return dist.get_world_size() if is_distributed() else 1
 
 
@@ -133,6 +150,33 @@ def from_all_processes(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def to_main_process(values: Sequence[T]) -> list[list[T]]:
+    """The ``values`` (anything that can be pickled) of every rank, by rank, on rank 0; nothing on the others. All ranks
+    must call it. Values travel a few at a time: all of them at once would fill the memory of a GPU (NCCL)."""
+    if not is_distributed():
+        return [list(values)]
+    gathered: list[list[T]] = [[] for _ in range(dist.get_world_size())]
+    for start in range(0, max(from_all_processes(len(values))), _AT_A_TIME):
+        parts: list[Any] | None = [None] * len(gathered) if is_main_process() else None
+        dist.gather_object(list(values[start : start + _AT_A_TIME]), parts, dst=0)
+        for mine, part in zip(gathered, parts or (), strict=False):
+            mine.extend(part)
+    return gathered if is_main_process() else []
+
+
+def first_owner(name: str, owner: str) -> str:
+    """The first ``owner`` of all processes that asked for ``name``; in a process of its own the one that asks.
+
+    Without waiting for the others, which may have nothing to ask.
+    """
+    if not is_distributed():
+        return owner
+    # The store by which the processes found one another; torch has no public name for it.
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store().compare_set(f"owner of {name}", "", owner).decode()
 
 
 def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
@@ -167,7 +211,7 @@ def _report_to_torchrun() -> None:
         if isinstance(cause, dist.DistError) or "gloo" in message:
             logger.debug("lost connection", exc_info=(kind, error, trace))
             reason = message.split(". ")[0]
-            message = f"lost another process of this training, whose own message says why ({reason})"
+            message = f"lost another process of this run, whose own message says why ({reason})"
             print(message, file=sys.stderr)
         else:
             report(kind, error, trace)
@@ -183,6 +227,7 @@ def _set_by_torchrun(name: str) -> int:
     if name not in os.environ:
         raise ValueError(
             f"{name}: expected to be started by torchrun, which sets this variable, but it is not set; run "
-            "torchrun --standalone --nproc_per_node=N -m monai.bundle run ..., or leave out multi_gpu_train.json."
+            "torchrun --standalone --nproc_per_node=N -m monai.bundle run ..., or leave out multi_gpu_train.json, "
+            "multi_gpu_evaluate.json or multi_gpu_inference.json."
         )
     return int(os.environ[name])

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import monai
 import torch
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
@@ -20,7 +22,32 @@ EPSILON = 1e-4
 MAX_ADAPTIVE_WEIGHT = 1e4
 
 
-class AutoencoderTrainer(SupervisedTrainer):
+class AccumulatingTrainer(SupervisedTrainer):
+    """``SupervisedTrainer`` with an ``accumulation_steps`` of its own, which MONAI's has only since 1.6.
+
+    MONAI Label 0.8 trains with MONAI 1.5, whose trainer refuses the argument; there it can only be 1.
+
+    Args:
+        accumulation_steps: iterations over which gradients are added up before an optimizer step.
+        kwargs: arguments of ``SupervisedTrainer``.
+
+    Raises:
+        ValueError: with ``accumulation_steps`` other than 1 where MONAI has no accumulation.
+    """
+
+    def __init__(self, *, accumulation_steps: int = 1, **kwargs: Any) -> None:
+        if "accumulation_steps" in inspect.signature(SupervisedTrainer).parameters:
+            kwargs["accumulation_steps"] = accumulation_steps
+        elif accumulation_steps != 1:
+            raise ValueError(
+                f"accumulation_steps: expected 1 with MONAI {monai.__version__}, got {accumulation_steps}; "
+                "install monai>=1.6, or raise batch_size instead."
+            )
+        super().__init__(**kwargs)
+        self.accumulation_steps = accumulation_steps
+
+
+class AutoencoderTrainer(AccumulatingTrainer):
     """Train an autoencoder, with a patch discriminator that joins late.
 
     ``monai.engines.AdversarialTrainer`` does not fit: it takes the network's output for an image, but ``AutoencoderKL``

@@ -12,7 +12,7 @@ from monai.inferers import Inferer
 from monai.networks.schedulers import Scheduler
 from monai.utils import convert_to_dst_type, optional_import
 
-from shared.distributed import unwrapped
+from shared.distributed import is_main_process, unwrapped
 from shared.schedulers import diffusion_timesteps
 
 tqdm, has_tqdm = optional_import("tqdm", name="tqdm")
@@ -165,7 +165,7 @@ class LatentSampler(Inferer):
         unique = list(dict.fromkeys(seeds))
         noise = seeded_noise(unique, latent_shape)[[unique.index(seed) for seed in seeds]].to(device)
         timesteps: Iterable[int] = diffusion_timesteps(self.scheduler, self.num_inference_steps)
-        if self.progress and has_tqdm:
+        if self.progress and has_tqdm and is_main_process():
             timesteps = tqdm(timesteps, desc=f"{len(seeds)} samples", unit="step")
         latents = sample_latents(predict, self.scheduler, noise, timesteps)
         finite = latents.flatten(1).isfinite().all(dim=1)

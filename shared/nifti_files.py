@@ -53,9 +53,14 @@ def grid_image(
 
 def save_image(image: Any, path: str | os.PathLike) -> None:
     """Write an image as ``.nii.gz``, atomically."""
-    with atomic_path(path) as temporary:
-        # nibabel picks the format by the name, which is a temporary one; a fixed time keeps the bytes the same.
-        temporary.write_bytes(gzip.compress(image.to_bytes(), compresslevel=4, mtime=0))
+    # nibabel picks the format by the name, which is a temporary one. A fixed time keeps the bytes the same; GzipFile,
+    # unlike gzip.compress, writes the same header with every Python.
+    with (
+        atomic_path(path) as temporary,
+        temporary.open("wb") as file,
+        gzip.GzipFile("", "wb", compresslevel=4, fileobj=file, mtime=0) as zipped,
+    ):
+        zipped.write(image.to_bytes())
 
 
 def write_nifti(

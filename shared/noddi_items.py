@@ -101,7 +101,7 @@ def _of_file(file: Path) -> dict[str, Any]:
             "that holds all volumes"
         )
     file = Path(os.path.abspath(file))
-    return {"dwi": str(file), **gradients_beside(file), **_mask_of(file)}
+    return {"dwi": str(file), **gradients_beside(file), **mask_beside(file)}
 
 
 def _find(folder: Path) -> list[dict[str, Any]]:
@@ -112,7 +112,7 @@ def _find(folder: Path) -> list[dict[str, Any]]:
         files = series_in(place, made)
         found = gradients_in(place, files)
         others += [file for file in files if file not in found]
-        items += [{"dwi": str(file), **gradients, **_mask_of(file)} for file, gradients in found.items()]
+        items += [{"dwi": str(file), **gradients, **mask_beside(file)} for file, gradients in found.items()]
     if not items:
         if others:
             gradients_beside(others[0])  # says what is missing
@@ -127,7 +127,7 @@ def _find(folder: Path) -> list[dict[str, Any]]:
     return sorted(items, key=lambda item: item["dwi"])
 
 
-def _mask_of(file: Path) -> dict[str, str]:
+def mask_beside(file: Path) -> dict[str, str]:
     stem = stem_of(file.name)
     short = next((stem[: -len(end)] for end in _DWI_SUFFIXES if stem.lower().endswith(end)), stem)
     for names in ({f"{stem}_mask", f"{short}_mask"}, set(_SHARED_MASKS)):

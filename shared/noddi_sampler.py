@@ -12,7 +12,7 @@ from monai.inferers import sliding_window_inference
 from monai.utils import StrEnum, convert_to_dst_type, optional_import
 from torch.nn.functional import pad
 
-from shared.distributed import unwrapped
+from shared.distributed import is_main_process, unwrapped
 from shared.inferers import LatentSampler, Predict, flag, listed_seeds, number, one_of, sample_latents, seeded_noise
 from shared.schedulers import DeterministicScheduler, diffusion_timesteps
 from shared.segmentation_sampler import SampledOutput
@@ -183,7 +183,7 @@ class NoddiSampler(LatentSampler):
         timesteps: Iterable[int] = diffusion_timesteps(self.scheduler, self.num_inference_steps)
         if isinstance(self.scheduler, DeterministicScheduler) and self.start < 1:
             noise, timesteps = self.scheduler.start_from(condition.float(), noise, self.start)
-        if self.progress and has_tqdm:
+        if self.progress and has_tqdm and is_main_process():
             timesteps = tqdm(timesteps, desc="denoising", unit="step")
         return sample_latents(predict, self.scheduler, noise, timesteps)
 

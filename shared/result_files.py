@@ -15,6 +15,7 @@ from typing import Any
 
 from monai.data import MetaTensor
 
+from shared.distributed import first_owner
 from shared.transforms.volumes import as_paths
 
 
@@ -45,7 +46,8 @@ class ResultFiles:
             endings: what the names of the results end in, such as ``.nii.gz``; the first is the result itself.
 
         Raises:
-            ValueError: a file that no run wrote is in the way. The message starts with it.
+            ValueError: a file that no run wrote is in the way; or several processes have inputs of one name, which only
+                a single one can number in their order. The message starts with the file.
         """
         folder = self.output_dir
         absolute = Path(os.path.abspath(path))
@@ -55,6 +57,8 @@ class ResultFiles:
         while True:
             stem = folder / f"{name}{f'_{number}' if number else ''}"
             number += 1
+            if stem not in self._claimed:
+                _refuse_shared(stem, absolute)
             sidecar_path = stem.with_name(f"{stem.name}.json")
             sidecar = read_sidecar(sidecar_path)
             results = [stem.with_name(stem.name + ending) for ending in endings]
@@ -69,6 +73,16 @@ class ResultFiles:
                         raise _not_ours(result)
                 self._claimed[stem] = owner
                 return stem
+
+
+def _refuse_shared(stem: Path, path: Path) -> None:
+    """Only a single process could number the results of inputs of one name in the order of the list."""
+    owner = first_owner(os.path.abspath(stem), str(path))
+    if owner != str(path):
+        raise ValueError(
+            f"{path}: expected inputs of different names in several processes, but the results of {owner} are called "
+            f"{stem.name} too; rename one of them, or run in one process, which numbers them"
+        )
 
 
 def _not_ours(path: Path) -> ValueError:

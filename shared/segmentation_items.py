@@ -127,12 +127,12 @@ def inference_items(source: str | os.PathLike, *, section: str = "test") -> list
         for number, item in enumerate(listed):
             kept = {key: item[key] for key in _KEPT if item.get(key) not in (None, "", [])}
             items.append({"image": _path(item, "image", number), **kept})
-        return _with_names(items, os.path.abspath(path))
+        return named_items(items, os.path.abspath(path))
     if path.is_file():
         if not path.name.lower().endswith(SUFFIXES) and not is_dicom(path):
             raise ValueError(f"{path}: expected a file {', '.join(SUFFIXES)}; convert it (dcm2niix for a DICOM series)")
-        return _with_names([{"image": os.path.abspath(path)}], os.path.abspath(path.parent))
-    return _with_names([{"image": os.path.abspath(file)} for file in _find(path)], os.path.abspath(path))
+        return named_items([{"image": os.path.abspath(path)}], os.path.abspath(path.parent))
+    return named_items([{"image": os.path.abspath(file)} for file in _find(path)], os.path.abspath(path))
 
 
 def class_names(dataset_dir: str | os.PathLike, num_classes: int = 1) -> dict[str, str] | None:
@@ -211,8 +211,17 @@ def _classes(item: Mapping[str, Any], label: str, count: int, num_classes: int) 
     return [[0, *sorted(set(present))] for present in known]
 
 
-def _with_names(items: list[dict[str, Any]], folder: str) -> list[dict[str, Any]]:
-    """Shortest name that is unique among all: file, then folders and file, then these with the suffix."""
+def named_items(data: Sequence[Mapping[str, Any]], folder: str) -> list[dict[str, Any]]:
+    """Items with a `name`: the shortest that is unique among all of file, folders and file, these with the suffix.
+
+    Args:
+        data: items with the path of an `image` below `folder`; `group` becomes the name where it is missing.
+        folder: absolute path.
+
+    Raises:
+        ValueError: an image occurs twice.
+    """
+    items = [dict(item) for item in data]
     paths = [os.path.relpath(item["image"], folder).replace(os.sep, "/") for item in items]
     stems = [_without_suffix(path) for path in paths]
     candidates = [[stem.rsplit("/", 1)[-1] for stem in stems], [stem.replace("/", "_") for stem in stems]]

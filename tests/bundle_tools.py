@@ -17,7 +17,9 @@ from monai.bundle import ComponentLocator, ConfigParser
 from tests.conftest import ROOT
 
 MAX_EXPRESSION = 80
-OVERLAYS = ("tiny", "evaluate", "evaluate_diffusion", "multi_gpu_train", "directions")
+# The same in every bundle.
+MULTI_GPU = ("multi_gpu_train", "multi_gpu_evaluate", "multi_gpu_inference")
+OVERLAYS = ("tiny", "evaluate", "evaluate_diffusion", "directions", *MULTI_GPU)
 CONFIGS = sorted(ROOT.glob("bundles/*/configs/*.json"))
 WORKFLOWS = [path for path in CONFIGS if path.stem != "metadata"]
 STANDALONE = [path for path in WORKFLOWS if path.stem not in OVERLAYS]

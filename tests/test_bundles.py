@@ -17,6 +17,7 @@ import pytest
 
 from tests.bundle_tools import (
     CONFIGS,
+    MULTI_GPU,
     OVERLAYS,
     STANDALONE,
     TRAINING,
@@ -31,7 +32,7 @@ from tests.bundle_tools import (
 )
 from tests.conftest import ROOT
 
-EVERY_BUNDLE = {"metadata", "inference", "train", "evaluate", "multi_gpu_train", "tiny"}
+EVERY_BUNDLE = {"metadata", "inference", "train", "evaluate", "tiny", *MULTI_GPU}
 ONE_BUNDLE = {
     "cxr_ldm": {"train_autoencoder", "train_classifier"},
     "brain_controlnet": {
@@ -184,10 +185,7 @@ OVERLAY_IDS = {
     "brain_controlnet/tiny.json": set(),
     "sdseg/tiny.json": set(),
     "dmri2noddi/tiny.json": set(),
-    "cxr_ldm/multi_gpu_train.json": {"+initialize", "finalize"},
-    "brain_controlnet/multi_gpu_train.json": {"+initialize", "finalize"},
-    "sdseg/multi_gpu_train.json": {"+initialize", "finalize"},
-    "dmri2noddi/multi_gpu_train.json": {"+initialize", "finalize"},
+    **{f"{bundle}/{name}.json": {"finalize"} for bundle in ONE_BUNDLE for name in MULTI_GPU},
 }
 
 workflows = pytest.mark.parametrize("path", WORKFLOWS, ids=label)
@@ -211,8 +209,9 @@ def test_the_expected_configurations_are_found():
 def test_file_says_what_it_is_and_how_to_run_it(path: Path):
     config = read(path)
     assert next(iter(config)) == "_desc_"
-    if path.stem in ("tiny", "multi_gpu_train"):
+    if path.stem in ("tiny", *MULTI_GPU):
         assert config["_desc_"].startswith("Overlay")
+        assert path.stem == "tiny" or f"'configs/{path.name}'" in config["_desc_"].split("Run: torchrun ")[1]
     else:
         assert f"configs/{path.name}" in config["_desc_"].split("Run: python -m monai.bundle run ")[1]
 
@@ -324,8 +323,9 @@ def is_exception(path: Path, name: str) -> bool:
     return files is None or path.stem in files
 
 
-def test_overlay_for_several_gpus_is_the_same_in_every_bundle():
-    assert len({path.read_text() for path in WORKFLOWS if path.stem == "multi_gpu_train"}) == 1
+@pytest.mark.parametrize("name", MULTI_GPU)
+def test_overlay_for_several_gpus_is_the_same_in_every_bundle(name):
+    assert len({path.read_text() for path in WORKFLOWS if path.stem == name}) == 1
 
 
 def test_what_bundles_share_is_found_in_them():
@@ -339,7 +339,7 @@ def test_what_bundles_share_is_found_in_them():
 @pytest.mark.parametrize("path", [path for path in WORKFLOWS if path.stem in OVERLAYS], ids=label)
 def test_overlay_changes_what_is_there(path: Path):
     known = {name for other in STANDALONE if other.parent == path.parent for name in read(other)}
-    own = {name.split("#")[0] for name in read(path)}
+    own = {name.removeprefix("+").split("#")[0] for name in read(path)}
     assert own - known == OVERLAY_IDS[label(path)]
 
 

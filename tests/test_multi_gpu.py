@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import json
-import math
 import os
+import signal
+import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,19 +18,16 @@ from unittest import mock
 import pytest
 import torch
 from ignite.engine import Engine
-from monai.bundle import ConfigWorkflow
 from torch import nn
 
 from shared import distributed
 from shared.handlers.progress import EpochProgress
-from tests import dmri_runs, sdseg_runs
 from tests.conftest import ROOT
-from tests.gang import BUNDLE, CONFIGS, NODDI, STAGES
+from tests.test_cxr_bundle import CXR, STAGES
 from tests.tiny_networks import segmentation_model
 from tools.phantoms.cxr_ldm import make_dataset
-from tools.phantoms.sdseg import make_dataset as make_pictures
 
-stages = pytest.mark.parametrize("stage", list(STAGES))
+CONFIGS = "['configs/train_autoencoder.json','configs/multi_gpu_train.json','configs/tiny.json']"
 
 
 def launch(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -40,39 +38,12 @@ def launch(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
     )
 
 
-def shorten(folder: Path) -> None:
-    """Odd numbers of items: shares differ in size and in the last batch."""
-    content = json.loads((folder / "datalist.json").read_text())
-    assert len(content["training"]) >= 7
-    assert len(content["validation"]) >= 3
-    content |= {"training": content["training"][:7], "validation": content["validation"][:3]}
-    (folder / "datalist.json").write_text(json.dumps(content))
-
-
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """Data sets by bundle, and an autoencoder with random weights."""
+def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("gang")
-    make_dataset(str(folder / "data/cxr_ldm"), n=14, size=64, split=(0.6, 0.3, 0.1))
-    make_pictures(str(folder / "data/sdseg"), num_images=18, size=(80, 64), split=(0.6, 0.3, 0.1))
-    for bundle in ("cxr_ldm", "sdseg"):
-        shorten(folder / "data" / bundle)
-    dmri_runs.make_phantoms(folder / "data/dmri2noddi", num_subjects=3)
-    dmri_runs.save_network(folder / "data/dmri2noddi/models")
-    torch.save(sdseg_runs.network().autoencoder.state_dict(), folder / "data/sdseg/autoencoder.pt")
-    return folder / "data"
-
-
-@pytest.fixture(scope="module")
-def phantoms(data) -> Path:
-    return data / "cxr_ldm"
-
-
-@pytest.fixture(scope="module")
-def folder(data) -> Path:
-    done = launch("-m", "tests.gang", str(data.parent))
+    done = launch("-m", "tests.gang", str(folder))
     assert done.returncode == 0, done.stdout[-5000:]
-    return data.parent
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -83,110 +54,6 @@ def ranks(folder) -> list[dict[str, Any]]:
 def curve(path: Path) -> dict[tuple[str, str, str], float]:
     with path.open(newline="") as file:
         return {(row["epoch"], row["phase"], row["name"]): float(row["value"]) for row in csv.DictReader(file)}
-
-
-# Whole trainings
-
-
-@stages
-def test_ranks_end_with_the_same_weights(stage, ranks):
-    one, two = (rank[f"{stage} whole"] for rank in ranks)
-    names = ["network", "average", "scale_factor", *(["discriminator"] if stage == "train_autoencoder" else [])]
-    assert {name: one[name] for name in names} == {name: two[name] for name in names}
-    assert (one["scale_factor"] != 1.0) == (stage != "train_autoencoder")
-    assert one["metrics"] == two["metrics"]
-    assert all(math.isfinite(value) for value in one["metrics"].values())
-    assert one["properties"] == two["properties"] == []
-    assert one["settings"]["processes"] == 2
-
-
-@pytest.mark.parametrize("stage", list(NODDI))
-def test_ranks_have_the_same_codes_and_statistics(stage, ranks):
-    """The codebook is moved and restarted by the vectors of both, latents are measured by one."""
-    one, two = (rank[f"{stage} whole"] for rank in ranks)
-    names = ["network", "buffers", "average", "metrics", *(["discriminator"] if "discriminator" in one else [])]
-    assert {name: one[name] for name in names} == {name: two[name] for name in names}
-    assert ("discriminator" in one) == (stage == "noddi train_vqgan")
-    assert all(math.isfinite(value) for value in one["metrics"].values())
-    assert one["properties"] == two["properties"] == []
-    # Shares of their own, of which all are dealt.
-    assert len(one["iterations"]) == len(two["iterations"]) >= 4
-    assert not set(one["validation"]) & set(two["validation"])
-    assert all(
-        set(a) | set(b) == set(range(max(*a, *b) + 1)) for a, b in zip(one["orders"], two["orders"], strict=True)
-    )
-    assert one["orders"] != two["orders"]
-    name = dmri_runs.RELEASED[stage.split()[1]]
-    assert f"models/dmri2noddi/{name}.pt" in one["files"]
-    assert two["files"] == []
-
-
-@stages
-def test_every_epoch_deals_every_item_in_a_new_order(stage, ranks):
-    orders = [[tuple(order) for order in rank[f"{stage} whole"]["orders"]] for rank in ranks]
-    assert len(orders[0]) == 3
-    for one, two in zip(*orders, strict=True):
-        # Seven items for two: one of them is dealt twice.
-        assert len(one) == len(two) == 4
-        assert set(one) | set(two) == set(range(7))
-    assert len(set(orders[0])) == 3
-    assert [rank[f"{stage} whole"]["validation"] for rank in ranks] == [[0, 2], [1]]
-    # Two batches of two for each process: seven items are not dropped for want of a batch.
-    assert ranks[0][f"{stage} whole"]["iterations"] == [1, 2, 3, 4, 5, 6]
-
-
-@stages
-def test_only_the_main_process_writes(stage, ranks):
-    files = ranks[0][f"{stage} whole"]["files"]
-    name = "stages/autoencoder.pt" if stage == "train_autoencoder" else "model.pt"
-    weights = f"models/{CONFIGS.get(stage, (BUNDLE, ''))[0].name}/{name}"
-    for name in ("metrics.csv", "manifest.json", "config.json", "checkpoints/checkpoint_epoch=3.pt"):
-        assert f"runs/{stage}/{name}" in files
-    assert weights in files
-    assert any("previews/epoch_0003" in name for name in files)
-    assert ranks[1][f"{stage} whole"]["files"] == []
-
-
-@stages
-def test_resumed_training_repeats_the_uninterrupted_one(stage, ranks, folder):
-    assert ranks[0][f"{stage} broken"]["iterations"] == [[1, 2, 3], [3, 4, 5, 6]]
-    for rank in ranks:
-        for name in ("network", "average", "scale_factor", "metrics"):
-            assert rank[f"{stage} broken"][name] == rank[f"{stage} whole"][name]
-    whole, broken = (curve(folder / name / "runs" / stage / "metrics.csv") for name in ("whole", "broken"))
-    assert len(whole) > 10
-    assert whole == broken
-
-
-@pytest.mark.parametrize("stage", ["train_autoencoder", "segmentation"])
-def test_metrics_of_shares_are_those_of_all_items(stage, folder, data, ranks):
-    """The weights of the last epoch, measured by one process."""
-    bundle, config = CONFIGS.get(stage, (BUNDLE, stage))
-    options = copy.deepcopy(STAGES[stage]) | {"dataset_dir": str(data / bundle.name), "output_dir": "unused"}
-    options |= {"resume": "never", "ckpt_dir": "unused"}
-    if stage == "segmentation":
-        options["autoencoder_weights"] = str(data / "sdseg/autoencoder.pt")
-    hook, path = sys.excepthook, list(sys.path)
-    files = [str(bundle / "configs" / f"{name}.json") for name in (config, "tiny")]
-    workflow = ConfigWorkflow(files, logging_file=False, workflow_type="train", **options)
-    try:
-        workflow.initialize()
-        content = workflow.parser.get_parsed_content
-        # The handlers would write; only the numbers are wanted.
-        workflow.parser.set([], "validate#handlers")
-        workflow.parser.parse(True)
-        checkpoint = torch.load(folder / f"whole/runs/{stage}/checkpoints/checkpoint_epoch=3.pt", weights_only=True)
-        model = content("ema").ema_model
-        if stage == "segmentation":
-            # The checkpoint lacks what is not trained.
-            model.scale_factor.fill_(ranks[0]["segmentation whole"]["scale_factor"])
-            model = model.trained
-        model.load_state_dict(checkpoint["ema"])
-        evaluator = content("validate#evaluator")
-        evaluator.run()
-    finally:
-        sys.excepthook, sys.path[:] = hook, path
-    assert evaluator.state.metrics == pytest.approx(ranks[1][f"{stage} whole"]["metrics"], rel=1e-5)
 
 
 # Steps
@@ -243,7 +110,21 @@ def test_value_of_rank_0_is_everyones(ranks):
     assert [rank["from main"] for rank in ranks] == ["said by 0", "said by 0"]
 
 
-# The documented command
+# The documented commands
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("phantoms")
+    make_dataset(str(folder), n=10, size=64, split=(0.6, 0.3, 0.1))
+    return folder
+
+
+def arguments(dataset_dir: Path, folder: Path, **overrides: Any) -> list[str]:
+    """Of the first stage of ``cxr_ldm``, as they are typed."""
+    given = STAGES["train_autoencoder"] | {"dataset_dir": dataset_dir, "output_dir": folder / "run"}
+    given |= {"ckpt_dir": folder / "models", "batch_size": 2, **overrides}
+    return [f"--{key}={value}" for key, value in given.items()]
 
 
 def test_error_in_one_process_ends_all_and_is_the_last_message(phantoms, tmp_path):
@@ -256,11 +137,8 @@ def test_error_in_one_process_ends_all_and_is_the_last_message(phantoms, tmp_pat
         written = (phantoms / item["image"]).read_bytes()
         (tmp_path / item["image"]).write_bytes(written[:200] if index == 1 else written)
     (tmp_path / "datalist.json").write_text(json.dumps(content))
-    overrides = STAGES["train_autoencoder"] | {"dataset_dir": tmp_path, "output_dir": tmp_path / "run"}
-    overrides |= {"ckpt_dir": tmp_path / "models", "max_epochs": 1}
-    files = "['configs/train_autoencoder.json','configs/multi_gpu_train.json','configs/tiny.json']"
-    arguments = [f"--{key}={value}" for key, value in overrides.items()]
-    done = launch("-m", "monai.bundle", "run", "training", "--config_file", files, *arguments, cwd=BUNDLE)
+    options = arguments(tmp_path, tmp_path, max_epochs=1)
+    done = launch("-m", "monai.bundle", "run", "training", "--config_file", CONFIGS, *options, cwd=CXR.folder)
     assert done.returncode != 0
     name = tmp_path / content["validation"][1]["image"]
     summary = done.stdout.split("Root Cause (first observed failure):")[1]
@@ -268,6 +146,61 @@ def test_error_in_one_process_ends_all_and_is_the_last_message(phantoms, tmp_pat
     assert "rank      : 1" in summary
     assert f"[rank1]: {name}: expected a readable image" in done.stdout
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+# Stand for Slurm's: two nodes, which are both this machine, and a queue that remembers what it was told.
+SLURM = {
+    "scontrol": """case "$1" in
+show) echo 127.0.0.1; echo 127.0.0.1 ;;
+requeue) echo "$2" >> "$QUEUE" ;;
+esac
+""",
+    "srun": """trap 'kill $(jobs -p); wait' TERM
+[ "$1" = --kill-on-bad-exit=1 ] && shift
+SLURM_NODEID=0 "$@" &
+SLURM_NODEID=1 "$@" &
+wait -n && wait -n
+""",
+    "torchrun": """exec PYTHON -m torch.distributed.run "$@"
+""",
+}
+
+
+def test_slurm_script_trains_on_two_nodes_and_goes_on_after_its_time_is_up(phantoms, tmp_path):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in SLURM.items():
+        (programs / name).write_text("#!/bin/bash\n" + text.replace("PYTHON", sys.executable))
+        (programs / name).chmod(stat.S_IRWXU)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "QUEUE": str(tmp_path / "queue")}
+    environment |= {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": str(os.getpid())}
+    environment |= {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_GPUS_ON_NODE": "1"}
+
+    def start(log: Path, max_epochs: int) -> subprocess.Popen:
+        options = arguments(phantoms, tmp_path, max_epochs=max_epochs, adversarial_start=2)
+        with log.open("w") as file:
+            return subprocess.Popen(
+                ["bash", str(ROOT / "docs/slurm/train.sbatch"), str(CXR.folder), CONFIGS, *options],
+                env=environment, stdout=file, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    log, checkpoints = tmp_path / "job.log", tmp_path / "run/checkpoints"
+    job = start(log, 1000)
+    until = time.monotonic() + 200
+    while not list(checkpoints.glob("checkpoint_epoch=*.pt")) and job.poll() is None and time.monotonic() < until:
+        time.sleep(0.1)
+    job.send_signal(signal.SIGUSR1)
+    job.wait(timeout=100)
+    assert "goes back to the queue" in log.read_text()
+    assert (tmp_path / "queue").read_text() == f"{os.getpid()}\n"
+    last = max(int(path.stem.partition("=")[2]) for path in checkpoints.glob("*.pt"))
+    assert 1 <= last < 1000
+    job = start(log, last + 1)
+    assert job.wait(timeout=200) == 0, log.read_text()[-3000:]
+    assert f"checkpoint_epoch={last}.pt after epoch {last}" in log.read_text()
+    assert json.loads((tmp_path / "run/manifest.json").read_text())["settings"]["processes"] == 2
+    epochs = [epoch for epoch, phase, name in curve(tmp_path / "run/metrics.csv") if (phase, name) == ("train", "loss")]
+    assert epochs == [str(epoch) for epoch in range(1, last + 2)]
 
 
 def test_overlay_without_torchrun_says_so(monkeypatch):

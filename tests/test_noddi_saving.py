@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import nibabel
@@ -240,13 +241,39 @@ def test_pred_stays_usable(tmp_path):
     np.testing.assert_allclose(features.affine.numpy(), nibabel.as_closest_canonical(nibabel.load(path)).affine)
 
 
-def test_nothing_is_written_for_monai_label(tmp_path):
-    features = features_of(write_dwi(tmp_path / "a_dwi.nii.gz", AFFINES["LPS"]))
-    item = {"image": features, "pred": pred_of(features) * 2, "model": "dmri2noddi", "image_path": "a_dwi.nii.gz"}
-    result = SaveNoddiMapsd(output_dir=tmp_path / "out")(item)
-    assert not (tmp_path / "out").exists()
-    assert result["pred"].max() == 1.0
-    np.testing.assert_allclose(result["pred"].affine.numpy(), doubled_affine(features.affine))
+@pytest.mark.parametrize("name", ["LPS", "oblique PIR", "sheared"])
+@pytest.mark.parametrize("channels", [3, 6])
+def test_monai_label_gets_the_maps_that_would_be_saved(tmp_path, monkeypatch, name, channels):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    path = write_dwi(tmp_path / "a_dwi.nii.gz", SHEARED if name == "sheared" else AFFINES[name])
+    features = features_of(path)
+    pred = torch.rand(channels, *(2 * n for n in features.shape[1:])) * 2
+    brain = (torch.rand(1, *pred.shape[1:]) > 0.5).float()
+    request = {"image": features, "pred": pred, "brain": brain, "model": "dmri2noddi", "image_path": str(path)}
+    answers = {
+        asked: SaveNoddiMapsd(output_dir=tmp_path / "none", seed="4")({**request, "map": asked})
+        for asked in ("all", "odi")
+    }
+    assert not (tmp_path / "none").exists()
+    saved(path, tmp_path / "out", pred=pred, seed="4")
+    whole = nibabel.load(answers["all"]["pred"])
+    kinds = [*MAPS, *(f"{kind}_sd" for kind in MAPS)][:channels]
+    for index, kind in enumerate(kinds):
+        one = nibabel.load(tmp_path / f"out/a_{kind}.nii.gz")
+        assert np.array_equal(np.asarray(whole.dataobj)[..., index], np.asarray(one.dataobj))
+        assert np.array_equal(whole.affine, one.affine)
+    assert whole.get_data_dtype() == np.float32
+    assert Path(answers["odi"]["pred"]).read_bytes() == (tmp_path / "out/a_odi.nii.gz").read_bytes()
+    result = answers["all"]["result"]
+    said = sidecar(tmp_path / "out/a.json")
+    assert {key: result[key] for key in said if key in result} == {key: said[key] for key in said if key in result}
+    assert (result["maps"], result["shape"], result["seed"]) == (kinds, list(whole.shape), "4")
+    means = pred[:3].clamp(0, 1)[:, brain[0] > 0].mean(dim=1).tolist()
+    assert list(result["mean_in_brain"].values()) == pytest.approx(means, abs=1e-5)
+    del request["brain"]
+    assert SaveNoddiMapsd(output_dir=tmp_path / "none")(request)["result"]["mean_in_brain"] is None
+    with pytest.raises(ValueError, match="^map: expected all or ndi or odi or fwf, got 'odi_sd'"):
+        SaveNoddiMapsd(output_dir=tmp_path / "none")({**request, "map": "odi_sd"})
 
 
 def test_the_affine_of_the_features_that_a_sampler_leaves_is_understood(tmp_path):

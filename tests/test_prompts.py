@@ -119,12 +119,5 @@ def test_request_precedence(tmp_path):
     assert torch.equal(data["image"], WordTokenizer()(["mine", "bad"]))
 
 
-@pytest.mark.parametrize("value", ["$1", " $1", "@run", "%a.json::b", {"_target_": "os.system"}, ["dpm", ["$1"]]])
-@pytest.mark.parametrize("option", ["seed", "scheduler", "guidance_scale", "num_inference_steps", "negative_prompt"])
-def test_options_that_could_be_code_are_refused(option, value):
-    with pytest.raises(ValueError, match=f"^{option}: expected a plain number or text"):
-        transform()(request(**{option: value}))
-
-
 def test_plain_options_pass():
     transform()(request(seed="3", scheduler=["dpm", "ddim"], guidance_scale=7.0, prompt="costs $5"))

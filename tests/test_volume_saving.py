@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import gzip
 import json
 import logging
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -328,11 +331,21 @@ def test_input_file_may_be_known_by_the_image_alone(tmp_path):
         SaveTranslatedVolumed(output_dir=tmp_path / "out")({"pred": plain})
 
 
-def test_monai_label_gets_no_files(tmp_path):
-    flair = write_volume(tmp_path / "a_FLAIR.nii", brain(0))
-    item = pred_for(flair, model="brain_controlnet", image_path="x")
-    assert SaveTranslatedVolumed(output_dir=tmp_path / "out")(item)["pred"] is item["pred"]
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(("asked", "end"), [({}, ""), ({"volume": ["t1w", "sd"]}, ""), ({"volume": "sd"}, "_sd")])
+def test_monai_label_gets_the_file_that_would_be_saved(tmp_path, monkeypatch, asked, end):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    flair = write_volume(tmp_path / "in/a_FLAIR.nii", brain(0))
+    reference = write_volume(tmp_path / "in/true.nii.gz", brain(1))
+    options: dict[str, Any] = {"reference": reference, "seed": "5", "scheduler": ["dpm", "ddim"]}
+    request = pred_for(flair, channels=2, model="brain_controlnet", image_path=str(flair), **asked)
+    answer = SaveTranslatedVolumed(output_dir=tmp_path / "none", **options)(request)
+    assert not (tmp_path / "none").exists()
+    SaveTranslatedVolumed(output_dir=tmp_path / "out", **options)(pred_for(flair, channels=2))
+    assert Path(answer["pred"]).read_bytes() == (tmp_path / f"out/a_T1w{end}.nii.gz").read_bytes()
+    said = {key: value for key, value in sidecar(tmp_path / "out/a_T1w.json").items() if key in answer["result"]}
+    assert said.items() <= answer["result"].items()
+    assert said["scheduler"] == "dpm"
+    assert answer["result"]["voxel_mm"] == pytest.approx(np.linalg.norm(AFFINE[:3, :3], axis=0), abs=1e-5)
 
 
 def test_failed_write_leaves_the_earlier_volume(tmp_path, monkeypatch):
@@ -344,7 +357,7 @@ def test_failed_write_leaves_the_earlier_volume(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(5, "broken disk")
 
-    monkeypatch.setattr(Path, "write_bytes", fail)
+    monkeypatch.setattr(gzip.GzipFile, "write", fail)
     with pytest.raises(OSError, match="broken disk"):
         save(pred_for(flair))
     assert (tmp_path / "out/a_T1w.nii.gz").read_bytes() == before

@@ -243,15 +243,17 @@ def test_command_line_in_the_bundles_folder(place, tmp_path):
     assert made_by["git_commit"] == json.loads((folder / "manifest.json").read_text())["commit"]
 
 
-def test_from_another_folder_without_the_root_nothing_is_written(place, tmp_path):
+def test_from_another_folder_without_the_root_the_last_line_says_so(place, tmp_path):
     done = run_alone(
         *("-m", "monai.bundle", "run", "--config_file", str(exported("sdseg") / "configs/inference.json")),
         *("--dataset_dir", str(place / "inputs/polyp.png")),
         cwd=tmp_path,
     )
     assert done.returncode == 1
-    assert "Cannot locate class or function path: 'sdseg_lib" in done.stdout.splitlines()[-1]
-    assert list(tmp_path.iterdir()) == []
+    last = done.stdout.strip().splitlines()[-1]
+    assert last.startswith("models/model.pt: expected trained weights, found no file.")
+    assert last.endswith("run from the bundle's folder or give --bundle_root.")
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def test_trains_from_the_export(place, tmp_path):

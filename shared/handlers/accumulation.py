@@ -12,15 +12,20 @@ def completes_step(engine: Any) -> bool:
 
     Every ``accumulation_steps``-th iteration of an epoch does, and the last one, so that no gradient is lost.
     """
-    steps, length = engine.accumulation_steps, engine.state.epoch_length
+    steps, length = _steps(engine), engine.state.epoch_length
     position = (engine.state.iteration - 1) % length + 1 if length else engine.state.iteration
     return position % steps == 0 or position == length
 
 
 def completed_steps(engine: Any) -> int:
     """Optimizer steps of the whole training up to and including the current iteration."""
-    steps, length, iteration = engine.accumulation_steps, engine.state.epoch_length, engine.state.iteration
+    steps, length, iteration = _steps(engine), engine.state.epoch_length, engine.state.iteration
     if not length:
         return iteration // steps
     epochs, position = divmod(iteration, length)
     return epochs * math.ceil(length / steps) + position // steps
+
+
+def _steps(engine: Any) -> int:
+    # MONAI's own trainer accumulates only since 1.6.
+    return getattr(engine, "accumulation_steps", 1)

@@ -15,6 +15,7 @@ from ignite.engine import Engine, Events
 
 from shared.distributed import from_main_process, unwrapped
 from shared.files import remove_incomplete, save_tensors
+from shared.handlers.given_weights import GivenWeights
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,9 @@ class ResumableCheckpoint:
     run. Random states are not stored: :class:`shared.handlers.seeding.EpochSeeds` derives them from seed and epoch. In
     distributed runs rank 0 alone writes, and all ranks load the file that it picks.
 
+    Weights that were put into the network after the training was built, by a federated client or MONAI Label, are what
+    the training goes on from, and no checkpoint is read.
+
     Args:
         save_dir: folder of the checkpoints.
         state: name to object with ``state_dict`` and ``load_state_dict``; the trainer's counters are added.
@@ -38,6 +42,11 @@ class ResumableCheckpoint:
         force: load a checkpoint although ``settings`` differ.
         interval: epochs between checkpoints; the last epoch is always saved.
         n_saved: checkpoints kept.
+
+    Raises (when the engine starts):
+        FileNotFoundError: when there is no checkpoint at the path ``resume``.
+        ValueError: for a checkpoint of other settings or another configuration, and for a path where weights were put
+            into the network.
     """
 
     def __init__(
@@ -58,8 +67,10 @@ class ResumableCheckpoint:
         self.force = force
         self.interval = interval
         self.n_saved = n_saved
+        self._weights = GivenWeights(*self.state.values())
 
     def attach(self, engine: Engine) -> None:
+        self._weights.watch()
         engine.add_event_handler(Events.STARTED, self._resume)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
 
@@ -68,6 +79,14 @@ class ResumableCheckpoint:
             for stray in remove_incomplete(self.save_dir):
                 logger.info("%s: removed, left by an interrupted write", stray)
         if self.resume == "never":
+            return
+        if self._weights.given:
+            if self.resume != "auto":
+                raise ValueError(
+                    f"resume: expected auto or never where weights were put into the network before the training "
+                    f"started (federated client, MONAI Label), got {self.resume!r}, which would replace them."
+                )
+            logger.info("%s: not read, the training goes on from the weights in the network", self.save_dir)
             return
         content, path = self._read(engine.state.rank)
         if content is None or path is None:

@@ -15,6 +15,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 
+from shared.distributed import from_all_processes, process_count
 from shared.files import sha256_of_file
 from shared.provenance import git_commit, software_versions
 
@@ -42,6 +43,13 @@ class CallCost:
         engine.add_event_handler(Events.STARTED, self._reset)
         engine.add_event_handler(Events.ITERATION_STARTED, self._start)
         engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._stop)
+
+    def merge(self) -> None:
+        """Of several processes the most that one took. All ranks must call it."""
+        peaks = from_all_processes(self.peak_bytes)
+        if len(peaks) > 1:
+            self.peak_bytes = max((peak for peak in peaks if peak is not None), default=None)
+            self.memory_note = f"{self.memory_note}; the most of {len(peaks)} processes"
 
     def _reset(self, engine: Engine) -> None:
         self.peak_bytes = None
@@ -106,7 +114,7 @@ def cost_rows(
 def setting_of(
     cost: CallCost, device: torch.device, dataset_dir: str | os.PathLike[str] | None, *, timed: str
 ) -> dict[str, Any]:
-    """What the numbers of a ``protocol.json`` hold for: device, what time and memory mean, data, versions.
+    """What the numbers of a ``protocol.json`` hold for: device, processes, what time and memory mean, data, versions.
 
     Args:
         cost: knows the memory.
@@ -118,6 +126,7 @@ def setting_of(
     datalist = None if dataset_dir is None else Path(dataset_dir) / "datalist.json"
     return {
         "device": f"{device} ({name})" if name else str(device),
+        "processes": process_count(),
         "time": timed,
         "memory": cost.memory_note,
         "datalist_sha256": sha256_of_file(datalist) if datalist is not None and datalist.exists() else None,

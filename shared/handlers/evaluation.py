@@ -9,9 +9,8 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
@@ -20,6 +19,7 @@ from monai.utils import ImageMetaKey
 from shared.files import save_json
 from shared.handlers.engine_items import engine_items, plain_value
 from shared.handlers.evaluation_pictures import write_pictures
+from shared.shares import write_together
 from shared.tables import summary_text, write_table
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,15 @@ logger = logging.getLogger(__name__)
 # A measure takes what was collected and returns summary rows, per-image columns and, where it has them, tables; see
 # Measurement and TabledMeasurement in shared.metrics.measures.
 Measure = Callable[[Mapping[str, Any]], tuple[Any, ...]]
+
+
+class _Row(NamedTuple):
+    """What is kept of an item: images by name, float32 on the CPU; labels; plain values; digest of its path."""
+
+    images: dict[str, torch.Tensor]
+    labels: Mapping[str, Any] | None
+    info: dict[str, Any]
+    identity: str
 
 
 class GenerativeEvaluation:
@@ -45,7 +54,8 @@ class GenerativeEvaluation:
     - pictures, see :mod:`shared.handlers.evaluation_pictures`.
 
     The values also go to ``engine.state.metrics``. All images are kept in memory until then (4 H W bytes per image and
-    key). Runs in one process: the measures need the whole set.
+    key). Where several processes share the list (``shared.shares``), rank 0 gets the images of all, in the order of the
+    list, since the measures need the whole set; it measures and writes while the others wait.
 
     Args:
         output_dir: run folder.
@@ -71,7 +81,6 @@ class GenerativeEvaluation:
     Raises:
         ValueError: when an image has another shape than the first, or a value that is not finite, or labels are no
             dictionary, or an info value is neither text nor a number; the message starts with the key.
-        RuntimeError: when run by several processes.
     """
 
     def __init__(
@@ -105,78 +114,69 @@ class GenerativeEvaluation:
 
     def attach(self, engine: Engine) -> None:
         """Register on an evaluator (pass the handler in ``val_handlers``)."""
-        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.STARTED, self._reset)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
         engine.add_event_handler(Events.COMPLETED, self._finish)
 
     def _reset(self) -> None:
-        self._images: dict[str, list[torch.Tensor]] = {name: [] for name in self.keys}
-        self._extras: dict[str, list[torch.Tensor]] = {name: [] for name in self.extra_keys}
-        self._info: dict[str, list[Any]] = {key: [] for key in self.info_keys}
-        self._outside = dict.fromkeys(self.keys, 0)
-        self._labels: list[Any] = []
-        self._ids: list[str] = []
-
-    def _start(self, engine: Engine) -> None:
-        if idist.get_world_size() > 1:
-            raise RuntimeError("GenerativeEvaluation: expected one process, got several; run it without torchrun")
-        self._reset()
+        self._rows: list[_Row] = []
 
     def _collect(self, engine: Any) -> None:
         outputs, items = engine_items(engine.state.output), engine_items(engine.state.batch)
         if len(items) != len(outputs):
             raise ValueError(f"engine.state.output: expected one per batch item ({len(items)}), got {len(outputs)}")
-        keys = {**self.keys, **self.extra_keys}
-        rows: dict[str, list[torch.Tensor]] = {name: [] for name in keys}
-        for output, item in zip(outputs, items, strict=True):
-            image = None
-            for name, key in keys.items():
-                value = _find_image(key, output, item, floating=name in self.keys)
-                image = value if name == "image" else image
-                if value is not None:
-                    rows[name].append(value)
-            self._labels.append(_labels(self.label_key, item))
-            self._ids.append(self._identity(image, item))
-            for key, values in self._info.items():
-                value = item.get(key, output.get(key))
-                values.append(plain_value(key, value, remedy="remove it from info_keys"))
-        if self.reconstruct is not None and not rows["reconstruction"] and rows["image"]:
-            real = torch.stack([_plain(image) for image in rows["image"]]).clamp(0, 1)
-            with torch.no_grad():
-                rows["reconstruction"] = list(self.reconstruct(real.to(engine.state.device)))
-        for name, images in rows.items():
-            if images and len(images) != len(outputs):
-                raise ValueError(
-                    f"{keys[name]}: expected it in every item or in none, got {len(images)} of {len(outputs)}"
-                )
-            for image in images:
-                (self._add if name in self.keys else self._add_extra)(name, _plain(image))
+        rows = [self._row(output, item) for output, item in zip(outputs, items, strict=True)]
+        if self.reconstruct is not None and not any("reconstruction" in row.images for row in rows):
+            shown = [row for row in rows if "image" in row.images]
+            if shown:
+                real = torch.stack([row.images["image"] for row in shown]).clamp(0, 1)
+                with torch.no_grad():
+                    made = self.reconstruct(real.to(engine.state.device))
+                for row, image in zip(shown, made, strict=True):
+                    row.images["reconstruction"] = _plain(image)
+        for name, key in {**self.keys, **self.extra_keys}.items():
+            count = sum(name in row.images for row in rows)
+            if count not in (0, len(rows)):
+                raise ValueError(f"{key}: expected it in every item or in none, got {count} of {len(rows)}")
+        for row in rows:
+            self._check(row, (self._rows or rows)[0], len(self._rows))
+            self._rows.append(row)
 
-    def _add(self, name: str, image: torch.Tensor) -> None:
-        row, key = len(self._images[name]), self.keys[name]
-        first = next((images[0] for images in self._images.values() if images), image)
-        if image.ndim != 3 or image.shape[0] != 1 or image.shape != first.shape:
-            raise ValueError(
-                f"{key}: expected (1, H, W) of one size, {tuple(first.shape)}, got {tuple(image.shape)} in row {row}; "
-                "resize or crop the images in preprocessing"
-            )
-        if not torch.isfinite(image).all():
-            raise ValueError(f"{key}: expected finite values, got NaN or Inf in row {row}")
-        self._outside[name] += int(((image < -1e-6) | (image > 1 + 1e-6)).sum())
-        self._images[name].append(image.clamp(0, 1))
+    def _row(self, output: Mapping[str, Any], item: Mapping[str, Any]) -> _Row:
+        found = {
+            name: _find_image(key, output, item, floating=name in self.keys)
+            for name, key in {**self.keys, **self.extra_keys}.items()
+        }
+        info = {
+            key: plain_value(key, item.get(key, output.get(key)), remedy="remove it from info_keys")
+            for key in self.info_keys
+        }
+        images = {name: _plain(image) for name, image in found.items() if image is not None}
+        return _Row(images, _labels(self.label_key, item), info, self._identity(found["image"], item))
 
-    def _add_extra(self, name: str, image: torch.Tensor) -> None:
-        row, key = len(self._extras[name]), self.extra_keys[name]
-        side = next((images[0].shape[1:] for images in self._images.values() if images), image.shape[1:])
-        expected = (self._extras[name][0].shape[0] if row else "C", *side)
-        if image.ndim != 3 or image.shape[1:] != side or (row and image.shape[0] != expected[0]):
-            raise ValueError(
-                f"{key}: expected ({', '.join(map(str, expected))}), the size of the other images, got "
-                f"{tuple(image.shape)} in row {row}; resize or crop the images together in preprocessing"
-            )
-        if not torch.isfinite(image).all():
-            raise ValueError(f"{key}: expected finite values, got NaN or Inf in row {row}")
-        self._extras[name].append(image)
+    def _check(self, row: _Row, first: _Row, number: int) -> None:
+        """Every image by itself and beside those of the first row."""
+        for name, key in {**self.keys, **self.extra_keys}.items():
+            if (name in row.images) != (name in first.images):
+                raise ValueError(f"{key}: expected it in every item or in none, row {number} differs from row 0")
+        side = next((first.images[name].shape for name in self.keys if name in first.images), None)
+        for name, image in row.images.items():
+            key, shape = (self.keys | self.extra_keys)[name], tuple(image.shape)
+            if name in self.keys:
+                if image.ndim != 3 or image.shape[0] != 1 or image.shape != side:
+                    raise ValueError(
+                        f"{key}: expected (1, H, W) of one size, {tuple(side or ())}, got {shape} in row {number}; "
+                        "resize or crop the images in preprocessing"
+                    )
+            else:
+                expected = (first.images[name].shape[0] if row is not first else "C", *(side or image.shape)[1:])
+                if image.ndim != 3 or shape[1:] != expected[1:] or expected[0] not in ("C", shape[0]):
+                    raise ValueError(
+                        f"{key}: expected ({', '.join(map(str, expected))}), the size of the other images, got {shape} "
+                        f"in row {number}; resize or crop the images together in preprocessing"
+                    )
+            if not torch.isfinite(image).all():
+                raise ValueError(f"{key}: expected finite values, got NaN or Inf in row {number}")
 
     def _identity(self, image: Any, item: Mapping[str, Any]) -> str:
         """First 12 digits of the SHA-256 of the path, "" where none is known."""
@@ -192,41 +192,49 @@ class GenerativeEvaluation:
         return _digest(Path(str(path)).as_posix())
 
     def _finish(self, engine: Any) -> None:
-        if not self._ids:
+        write_together(engine, self._rows, self._write)
+        self._reset()
+
+    def _write(self, rows: Sequence[_Row]) -> dict[str, float]:
+        if not rows:
             raise ValueError("evaluation: expected at least one image, got none; check the section of datalist.json")
-        images = {name: torch.stack(values) for name, values in self._images.items() if values}
-        clamped = {name: self._outside[name] / values.numel() for name, values in images.items()}
-        images |= {name: torch.stack(values) for name, values in self._extras.items() if values}
-        collected = {**images, "labels": self._labels, "info": self._info, "clamped": clamped, "features": {}}
+        for number, row in enumerate(rows):  # each process knows only its own rows
+            self._check(row, rows[0], number)
+        images = {name: torch.stack([row.images[name] for row in rows]) for name in rows[0].images}
+        clamped = {}
+        for name in self.keys.keys() & images.keys():
+            clamped[name] = int(((images[name] < -1e-6) | (images[name] > 1 + 1e-6)).sum()) / images[name].numel()
+            images[name] = images[name].clamp(0, 1)
+        info = {key: [row.info[key] for row in rows] for key in self.info_keys}
+        labels = [row.labels for row in rows]
+        collected = {**images, "labels": labels, "info": info, "clamped": clamped, "features": {}}
         summary: list[dict[str, Any]] = []
         columns: dict[str, Sequence[Any]] = {}
         tables: dict[str, list[Mapping[str, Any]]] = {}
         for measure in self.measures:
             logger.info("evaluation: %s", getattr(measure, "name", type(measure).__name__))
-            rows, more, *further = measure(collected)
-            summary += rows
+            found, more, *further = measure(collected)
+            summary += found
             columns.update(more)
             for name, lines in (further[0] if further else {}).items():
                 tables.setdefault(name, []).extend(lines)
         save_json(summary, self.folder / "summary.json")
-        self._write_per_image(columns)
+        self._write_per_image([row.identity for row in rows], info | columns)
         for name, lines in tables.items():
             self._write_table(self.folder / f"{name}.csv", lines)
         write_pictures(
             self.folder, images, columns, columns=self.columns, grid_images=self.grid_images, display=self.display
         )
-        engine.state.metrics.update({row["name"]: row["value"] for row in summary if row["value"] is not None})
-        logger.info("evaluation of %d images, written to %s\n%s", len(self._ids), self.folder, summary_text(summary))
-        self._reset()
+        logger.info("evaluation of %d images, written to %s\n%s", len(rows), self.folder, summary_text(summary))
+        return {row["name"]: row["value"] for row in summary if row["value"] is not None}
 
-    def _write_per_image(self, columns: Mapping[str, Sequence[Any]]) -> None:
+    def _write_per_image(self, identities: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None:
         for name, values in columns.items():
-            if len(values) != len(self._ids):
-                raise ValueError(f"{name}: expected a value for each of {len(self._ids)} images, got {len(values)}")
+            if len(values) != len(identities):
+                raise ValueError(f"{name}: expected a value for each of {len(identities)} images, got {len(values)}")
         lines = [
-            {"row": row, "image_id": identity}
-            | {name: values[row] for name, values in (self._info | dict(columns)).items()}
-            for row, identity in enumerate(self._ids)
+            {"row": row, "image_id": identity} | {name: values[row] for name, values in columns.items()}
+            for row, identity in enumerate(identities)
         ]
         self._write_table(self.folder / "per_image.csv", lines)
 
@@ -267,4 +275,5 @@ def _labels(key: str, item: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _plain(image: torch.Tensor) -> torch.Tensor:
-    return image.detach().as_subclass(torch.Tensor).to("cpu", torch.float32)
+    """A copy: of a view the whole batch would be kept, and sent to rank 0."""
+    return image.detach().as_subclass(torch.Tensor).to("cpu", torch.float32, copy=True)

@@ -10,6 +10,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from shared.distributed import from_main_process, is_main_process, unwrapped
+from shared.handlers.given_weights import GivenWeights
 from shared.latent_cache import LatentDataset, latent_statistics
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,10 @@ class MeasureLatentStatistics:
     The same data and autoencoder give the same values, so that a resumed run measures what it had, unless its
     checkpoint holds the buffers: place it before the checkpoint handler, which then has the last word. In distributed
     runs rank 0 measures and every rank uses its values.
+
+    Weights that were put into the network after the training was built carry the values they were trained with, and
+    they are kept (see ``shared.handlers.scale_factor.MeasureScaleFactor``), unless all means are 0 and all deviations
+    1, as in a network that was never trained.
 
     Args:
         network: network with buffers ``latent_mean`` and ``latent_std`` ``(C,)``.
@@ -36,12 +41,17 @@ class MeasureLatentStatistics:
     def __init__(self, network: Any, dataset: LatentDataset, *, ema_model: Any = None, max_items: int = 512) -> None:
         self.networks = [unwrapped(part) for part in (network, ema_model) if part is not None]
         self.dataset, self.max_items = dataset, max_items
+        self._weights = GivenWeights(network)
 
     def attach(self, engine: Engine) -> None:
+        self._weights.watch()
         engine.add_event_handler(Events.STARTED, self._measure)
 
     @torch.no_grad()
     def _measure(self, engine: Any) -> None:
+        if self._weights.given and self._is_measured():
+            logger.info("latents have the mean and standard deviation that came with the weights")
+            return
         measured: Any = latent_statistics(self.dataset, self.max_items) if is_main_process() else None
         mean, std = from_main_process(measured)
         for network in self.networks:
@@ -56,6 +66,10 @@ class MeasureLatentStatistics:
             "latents have mean %s and standard deviation %s, measured on up to %d training items",
             _row(mean), _row(std), self.max_items,
         )  # fmt: skip
+
+    def _is_measured(self) -> bool:
+        mean, std = self.networks[0].latent_mean, self.networks[0].latent_std
+        return bool((mean != 0.0).any() or (std != 1.0).any())
 
 
 def _row(values: torch.Tensor) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ignite.engine import Engine, Events
 
+from shared.distributed import process_count
 from shared.files import save_json, sha256_of_file
 from shared.provenance import active_config, git_commit, sha256_of_json, software_versions
 
@@ -52,6 +53,7 @@ class RunManifest:
             "task": self.task,
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "device": str(engine.state.device),
+            "processes": process_count(),
             "settings": self.settings,
             "config_sha256": sha256_of_json(self.config) if self.config is not None else None,
             "datalist_sha256": sha256_of_file(datalist) if datalist is not None and datalist.exists() else None,

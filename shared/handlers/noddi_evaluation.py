@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
@@ -17,13 +16,14 @@ from monai.data import MetaTensor
 
 from shared.handlers.cost import CallCost, wait_for
 from shared.handlers.engine_items import engine_items, plain_value
-from shared.handlers.noddi_results import NoddiResults
+from shared.handlers.noddi_results import PICTURES, MeasuredScan, NoddiResults
 from shared.metrics.noddi_baselines import NoddiBaseline
 from shared.metrics.noddi_maps import MAPS, SSIMWindow, map_scores
 from shared.metrics.noddi_table import SubjectScore
 from shared.metrics.segmentation_ceiling import CEILING
 from shared.metrics.uncertainty import LEAST_SAMPLES, calibration_bins, uncertainty_scores
 from shared.noddi_picture import centre_of, map_panels, tri_planar
+from shared.shares import write_together
 
 ONE_SAMPLE = "diffusion, one sample"
 
@@ -43,6 +43,8 @@ class NoddiEvaluation:
     "autoencoder's ceiling". From 4 samples on, their standard deviation is compared with the error of the mean. What is
     written: see :class:`~shared.handlers.noddi_results.NoddiResults`; conventions: ``CONVENTIONS`` of
     :mod:`shared.metrics.noddi_maps` and :mod:`shared.metrics.uncertainty`. Values also go to ``engine.state.metrics``.
+    Where several processes share the list (``shared.shares``), rank 0 gets what all measured, in the order of the list,
+    and writes it.
 
     Args:
         output_dir: run folder.
@@ -60,7 +62,6 @@ class NoddiEvaluation:
 
     Raises:
         ValueError: an item that is not as above; the message starts with the key.
-        RuntimeError: when run by several processes.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class NoddiEvaluation:
         window: SSIMWindow | None = None,
         num_bins: int = 10,
         dataset_dir: str | os.PathLike[str] | None = None,
-        pictures: Sequence[str] = ("worst", "median", "best"),
+        pictures: Sequence[str] = PICTURES,
         shown: Sequence[str] | None = None,
     ) -> None:
         if num_samples < 1:
@@ -91,10 +92,12 @@ class NoddiEvaluation:
             raise ValueError(f"compare: expected pairs of {known}, got {wrong[0]}")
         self.pairs = [(own, other) for own in self.own for other in self.baselines]
         self.pairs += [(pair[0], pair[1]) for pair in compare if tuple(pair) not in self.pairs]
+        if wrong_pictures := set(pictures) - set(PICTURES):
+            raise ValueError(f"pictures: expected some of {list(PICTURES)}, got {sorted(wrong_pictures)}")
         self.window, self.num_bins = window or SSIMWindow(), num_bins
         self.folder, self.dataset_dir, self.pictures = Path(output_dir) / "evaluation", dataset_dir, tuple(pictures)
         self.cost = CallCost()
-        self._results = self._start()
+        self._measured: list[MeasuredScan] = []
 
     def attach(self, engine: Engine) -> None:
         """Register on an evaluator (pass the handler in ``val_handlers``)."""
@@ -103,21 +106,8 @@ class NoddiEvaluation:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
         engine.add_event_handler(Events.COMPLETED, self._finish)
 
-    def _start(self) -> NoddiResults:
-        return NoddiResults(
-            self.folder,
-            own=self.own,
-            pairs=self.pairs,
-            num_samples=self.num_samples,
-            window=self.window,
-            dataset_dir=self.dataset_dir,
-            pictures=self.pictures,
-        )
-
-    def _reset(self, engine: Engine) -> None:
-        if idist.get_world_size() > 1:
-            raise RuntimeError("NoddiEvaluation: expected one process, got several; run it without torchrun")
-        self._results = self._start()
+    def _reset(self) -> None:
+        self._measured = []
 
     def _collect(self, engine: Any) -> None:
         outputs, items = engine_items(engine.state.output), engine_items(engine.state.batch)
@@ -130,6 +120,7 @@ class NoddiEvaluation:
             raise ValueError("name: expected it in every item, got none; see shared.noddi_items.inference_items")
         truth = _Truth(str(name), name if subject is None else subject, item, self.num_samples)
         samples = truth.samples
+        self._measured.append(MeasuredScan({}, [], [], [], {}))
 
         note = "" if self.num_samples == 1 else f"; time: a part of that of {self.num_samples} samples drawn together"
         found = {ONE_SAMPLE: samples[0]}
@@ -152,10 +143,11 @@ class NoddiEvaluation:
             )
         if self.num_samples >= LEAST_SAMPLES:
             self._measure_uncertainty(truth)
-        self._results.pictures_of.append(self._pictures(found, truth) if self.pictures else {})
+        if self.pictures:
+            self._measured[-1].pictures.update(self._pictures(found, truth))
 
     def _add(self, method: str, maps: torch.Tensor | None, truth: _Truth, seconds: float | None, note: str) -> None:
-        self._results.methods[method] = note
+        self._measured[-1].methods[method] = note
         if maps is None:
             return
         if maps.shape != truth.maps.shape:
@@ -163,7 +155,7 @@ class NoddiEvaluation:
         if not torch.isfinite(maps).all():
             raise ValueError(f"{method}: expected finite maps, got NaN or Inf for {truth.name}")
         scores = map_scores(maps.to(truth.maps.device), truth.maps, truth.brain, window=self.window)
-        self._results.scores.append(
+        self._measured[-1].scores.append(
             SubjectScore(subject=truth.subject, name=truth.name, method=method, scores=scores, seconds=seconds)
         )
 
@@ -174,8 +166,8 @@ class NoddiEvaluation:
             true = truth.maps[row, inside].double().cpu().numpy()
             bins = calibration_bins(samples, true, num_bins=self.num_bins)
             line = {"subject": truth.subject, "name": truth.name, "map": key}
-            self._results.uncertainty.append(line | uncertainty_scores(samples, true, bins))
-            self._results.calibration += [line | {"bin": i} | one._asdict() for i, one in enumerate(bins)]
+            self._measured[-1].uncertainty.append(line | uncertainty_scores(samples, true, bins))
+            self._measured[-1].calibration.extend(line | {"bin": i} | one._asdict() for i, one in enumerate(bins))
 
     def _pictures(self, found: Mapping[str, torch.Tensor], truth: _Truth) -> dict[str, np.ndarray]:
         """Map -> picture (H, W) in 8 bits."""
@@ -195,8 +187,22 @@ class NoddiEvaluation:
         return pictures
 
     def _finish(self, engine: Any) -> None:
-        engine.state.metrics.update(self._results.write(cost=self.cost, device=engine.state.device))
-        self._results = self._start()
+        self.cost.merge()
+        write_together(engine, self._measured, lambda measured: self._write(measured, engine.state.device))
+        self._reset()
+
+    def _write(self, measured: Sequence[MeasuredScan], device: torch.device) -> dict[str, float]:
+        results = NoddiResults(
+            self.folder,
+            measured,
+            own=self.own,
+            pairs=self.pairs,
+            num_samples=self.num_samples,
+            window=self.window,
+            dataset_dir=self.dataset_dir,
+            pictures=self.pictures,
+        )
+        return results.write(cost=self.cost, device=device)
 
 
 class _Truth:

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +26,19 @@ logger = logging.getLogger(__name__)
 PICTURES = ("worst", "median", "best")
 
 
+class MeasuredScan(NamedTuple):
+    """What was measured of a scan: method -> note, lines of ``per_subject.csv``, ``uncertainty.csv`` and
+    ``calibration.csv``, and map -> picture (H, W) in 8 bits."""
+
+    methods: dict[str, str]
+    scores: list[SubjectScore]
+    uncertainty: list[dict[str, Any]]
+    calibration: list[dict[str, Any]]
+    pictures: dict[str, np.ndarray]
+
+
 class NoddiResults:
-    """Collects what was measured and writes it into ``evaluation``, each file whole or not at all:
+    """Writes what was measured into ``evaluation``, each file whole or not at all:
 
     - ``summary.json``: rows ``{"name", "value", "ci_low", "ci_high", "n", "note"}`` with ``sd``, ``median``,
       ``method``, ``measure`` and the heading ``group`` they stand under, as ``tools.report`` shows them;
@@ -43,6 +54,7 @@ class NoddiResults:
     def __init__(
         self,
         folder: Path,
+        items: Sequence[MeasuredScan],
         *,
         own: Sequence[str],
         pairs: Sequence[tuple[str, str]],
@@ -51,15 +63,13 @@ class NoddiResults:
         dataset_dir: str | os.PathLike[str] | None,
         pictures: Sequence[str] = PICTURES,
     ) -> None:
-        if wrong := set(pictures) - set(PICTURES):
-            raise ValueError(f"pictures: expected some of {list(PICTURES)}, got {sorted(wrong)}")
         self.folder, self.own, self.pairs, self.num_samples = folder, list(own), list(pairs), num_samples
         self.window, self.dataset_dir, self.pictures = window, dataset_dir, tuple(pictures)
-        self.methods: dict[str, str] = {}
-        self.scores: list[SubjectScore] = []
-        self.uncertainty: list[dict[str, Any]] = []
-        self.calibration: list[dict[str, Any]] = []
-        self.pictures_of: list[dict[str, np.ndarray]] = []
+        self.methods = {method: note for item in items for method, note in item.methods.items()}
+        self.scores = [score for item in items for score in item.scores]
+        self.uncertainty = [line for item in items for line in item.uncertainty]
+        self.calibration = [line for item in items for line in item.calibration]
+        self.pictures_of = [item.pictures for item in items]
 
     def write(self, *, cost: CallCost, device: torch.device) -> dict[str, float]:
         """Write everything; returns name -> value of all rows for the engine's metrics."""

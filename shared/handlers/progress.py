@@ -5,7 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ignite.handlers import ProgressBar
+try:
+    from ignite.handlers import ProgressBar
+except ImportError:  # ignite 0.4, which MONAI 1.5 and with it MONAI Label ask for
+    from ignite.contrib.handlers import ProgressBar
 
 
 class EpochProgress(ProgressBar):

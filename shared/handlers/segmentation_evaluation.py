@@ -9,20 +9,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 
 from shared.handlers.cost import CallCost, wait_for
 from shared.handlers.engine_items import engine_items, plain_value
-from shared.handlers.segmentation_results import Case, SegmentationResults
+from shared.handlers.segmentation_results import Case, MeasuredImage, SegmentationResults
 from shared.metrics.segmentation import foreground_names, mask_scores
 from shared.metrics.segmentation_baselines import Segmenter
 from shared.metrics.segmentation_ceiling import CEILING, reconstructed_mask
 from shared.metrics.segmentation_table import ItemScore
 from shared.metrics.stability import StabilityStudy
 from shared.segmentation_probability import mask_of
+from shared.shares import write_together
 from shared.transforms.in_plane import resize_in_plane
 
 ONE_SAMPLE = "one sample"
@@ -43,7 +43,8 @@ class SegmentationEvaluation:
     Methods of the table: "one sample", the first; "mean of K samples" of their probabilities, for K > 1; each baseline;
     "autoencoder's ceiling". What is written: see :class:`~shared.handlers.segmentation_results.SegmentationResults`;
     conventions: ``shared.metrics.segmentation.CONVENTIONS``. Values also go to ``engine.state.metrics``. Images at the
-    working size are kept, in 8 bits, until the end; of volumes one slice.
+    working size are kept, in 8 bits, until the end; of volumes one slice. Where several processes share the list
+    (``shared.shares``), rank 0 gets what all measured, in the order of the list, and writes it.
 
     Args:
         output_dir: run folder.
@@ -62,7 +63,6 @@ class SegmentationEvaluation:
 
     Raises:
         ValueError: an item that is not as above; the message starts with the key.
-        RuntimeError: when run by several processes.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class SegmentationEvaluation:
             raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
         self.folder, self.dataset_dir, self.max_pictures = Path(output_dir) / "evaluation", dataset_dir, max_pictures
         self.cost = CallCost()
-        self._results = self._start()
+        self._measured: list[MeasuredImage] = []
 
     def attach(self, engine: Engine) -> None:
         """Register on an evaluator (pass the handler in ``val_handlers``)."""
@@ -101,22 +101,8 @@ class SegmentationEvaluation:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
         engine.add_event_handler(Events.COMPLETED, self._finish)
 
-    def _start(self) -> SegmentationResults:
-        return SegmentationResults(
-            self.folder,
-            own=self.own,
-            class_names=self.names,
-            threshold=self.threshold,
-            empty_score=self.empty_score,
-            num_samples=self.num_samples,
-            dataset_dir=self.dataset_dir,
-            max_pictures=self.max_pictures,
-        )
-
-    def _reset(self, engine: Engine) -> None:
-        if idist.get_world_size() > 1:
-            raise RuntimeError("SegmentationEvaluation: expected one process, got several; run it without torchrun")
-        self._results = self._start()
+    def _reset(self) -> None:
+        self._measured = []
 
     def _collect(self, engine: Any) -> None:
         outputs, items = engine_items(engine.state.output), engine_items(engine.state.batch)
@@ -131,6 +117,12 @@ class SegmentationEvaluation:
         group = str(name) if group is None else group
         working = resize_in_plane(label.as_subclass(torch.Tensor), samples.shape[2:4], "nearest")[0]
         target = _Target(str(name), group, label, working)
+        case = Case.of(target.name, image, working, samples[0], threshold=self.threshold)
+        stability = None
+        if self.stability is not None:
+            values = self.stability(samples, working.to(device))
+            stability = {"name": target.name, "group": group, "samples": self.num_samples} | values
+        self._measured.append(MeasuredImage({}, [], stability, case))
 
         seconds = self.cost.seconds
         note = "" if self.num_samples == 1 else f"; time: a part of that of {self.num_samples} samples drawn together"
@@ -145,10 +137,6 @@ class SegmentationEvaluation:
         if self.reconstruct is not None:
             found = reconstructed_mask(working, self.reconstruct, num_classes=self.num_classes, device=device)
             self._add(CEILING, found, target, None, "the true mask through the autoencoder, at the working size")
-        if self.stability is not None:
-            values = self.stability(samples, working.to(device))
-            self._results.stability.append({"name": target.name, "group": group, "samples": self.num_samples} | values)
-        self._results.cases.append(Case.of(target.name, image, working, samples[0], threshold=self.threshold))
 
     def _checked(self, item: Mapping[str, Any], name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Image, label, and samples (K, N, h, w[, Z])."""
@@ -184,7 +172,7 @@ class SegmentationEvaluation:
         return image, label, pred.unflatten(0, (self.num_samples, self.num_classes))
 
     def _add(self, method: str, found: torch.Tensor | None, target: _Target, seconds: float | None, note: str) -> None:
-        self._results.methods[method] = note
+        self._measured[-1].methods[method] = note
         if found is None:
             return
         if tuple(found.shape) != (self.num_classes, *target.working.shape):
@@ -210,7 +198,7 @@ class SegmentationEvaluation:
                     millilitres=None if spacing is None else spacing[0] * spacing[1] * spacing[2] / 1000,
                     seconds=seconds if resolution == "native" else None,
                 )
-                self._results.scores.append(line)
+                self._measured[-1].scores.append(line)
 
     def _native(self, probabilities: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         parts = probabilities.split(_SLICES, dim=-1) if probabilities.ndim == 4 else [probabilities]
@@ -220,10 +208,24 @@ class SegmentationEvaluation:
         return torch.cat(masks, dim=-1) if probabilities.ndim == 4 else masks[0]
 
     def _finish(self, engine: Any) -> None:
+        self.cost.merge()
+        write_together(engine, self._measured, lambda measured: self._write(measured, engine.state.device))
+        self._reset()
+
+    def _write(self, measured: Sequence[MeasuredImage], device: torch.device) -> dict[str, float]:
+        results = SegmentationResults(
+            self.folder,
+            measured,
+            own=self.own,
+            class_names=self.names,
+            threshold=self.threshold,
+            empty_score=self.empty_score,
+            num_samples=self.num_samples,
+            dataset_dir=self.dataset_dir,
+            max_pictures=self.max_pictures,
+        )
         notes = {} if self.stability is None else self.stability.notes
-        metrics = self._results.write(cost=self.cost, device=engine.state.device, stability_notes=notes)
-        engine.state.metrics.update(metrics)
-        self._results = self._start()
+        return results.write(cost=self.cost, device=device, stability_notes=notes)
 
 
 class _Target:

@@ -48,8 +48,18 @@ class Case(NamedTuple):
         return cls(name, bytes_[0], label.to("cpu", torch.uint8), bytes_[1])
 
 
+class MeasuredImage(NamedTuple):
+    """What was measured of an item: method -> note, lines of ``per_image.csv``, that of ``stability.csv`` where samples
+    were compared, and what a picture shows."""
+
+    methods: dict[str, str]
+    scores: list[ItemScore]
+    stability: dict[str, Any] | None
+    case: Case
+
+
 class SegmentationResults:
-    """Collects what was measured and writes it into ``evaluation``, each file whole or not at all:
+    """Writes what was measured into ``evaluation``, each file whole or not at all:
 
     - ``summary.json``: rows ``{"name", "value", "ci_low", "ci_high", "n", "note"}`` with ``sd``, ``median``,
       ``method``, ``measure`` and the heading ``group`` they stand under, as ``tools.report`` shows them;
@@ -63,6 +73,7 @@ class SegmentationResults:
     def __init__(
         self,
         folder: Path,
+        items: Sequence[MeasuredImage],
         *,
         own: Sequence[str],
         class_names: Mapping[int, str],
@@ -75,10 +86,10 @@ class SegmentationResults:
         self.folder, self.own, self.class_names = folder, list(own), dict(class_names)
         self.threshold, self.empty_score, self.num_samples = threshold, empty_score, num_samples
         self.dataset_dir, self.max_pictures = dataset_dir, max_pictures
-        self.methods: dict[str, str] = {}
-        self.scores: list[ItemScore] = []
-        self.stability: list[dict[str, Any]] = []
-        self.cases: list[Case] = []
+        self.methods = {method: note for item in items for method, note in item.methods.items()}
+        self.scores = [score for item in items for score in item.scores]
+        self.stability = [item.stability for item in items if item.stability is not None]
+        self.cases = [item.case for item in items]
 
     def write(self, *, cost: CallCost, device: torch.device, stability_notes: Mapping[str, str]) -> dict[str, float]:
         """Write everything; returns name -> value of all rows for the engine's metrics."""

@@ -11,11 +11,13 @@ from torch import nn
 from shared.weights import load_weights
 
 
-class LoadWeights:
+class StrictCheckpointLoader:
     """Load the released weights strictly before the first batch.
 
     ``monai.handlers.CheckpointLoader`` does not fit: it wants the dictionary of names that saved the file, and
-    reports a missing file or a wrong configuration by a traceback of torch.
+    reports a missing file or a wrong configuration by a traceback of torch. The name ends like its name for a reason:
+    ``monai.fl.client.MonaiAlgo`` evaluates the server's weights, and to that end disables every handler of
+    ``validate#handlers`` that has "CheckpointLoader" in its name.
 
     A handler and not an expression in ``initialize``: ``monai.bundle.load`` runs ``initialize``, and MONAI Label runs
     neither and loads the weights itself, so building the network must not need the file.

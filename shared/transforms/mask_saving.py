@@ -25,7 +25,7 @@ from shared.result_files import ResultFiles, path_of, remove_earlier
 from shared.segmentation_picture import mosaic, overlay
 from shared.segmentation_probability import chosen_probability, mask_of, split_agreement
 from shared.transforms.in_plane import UprightVolumed
-from shared.transforms.prompts import is_monai_label_request
+from shared.transforms.label_answers import is_monai_label_request
 from shared.transforms.segmentation_images import SUFFIXES, LoadPictured
 from shared.transforms.upright import UprightFile, is_nifti, open_upright
 

@@ -18,14 +18,14 @@ from monai.utils import MetaKeys
 from nibabel import orientations
 
 from shared.files import save_json, sha256_of_file
-from shared.inferers import chosen
+from shared.inferers import chosen, one_of
 from shared.nifti_files import write_nifti
 from shared.noddi_items import name_of
 from shared.pair_checks import grid_distance
 from shared.pictures import INTENDED_USE, made_with
 from shared.resolution import doubled_affine
 from shared.result_files import ResultFiles, path_of, remove_earlier
-from shared.transforms.prompts import is_monai_label_request
+from shared.transforms.label_answers import answer_with_file, is_monai_label_request
 
 # Millimetres that two programs may put the same voxel apart by rounding.
 _TOLERANCE = 1e-2
@@ -51,7 +51,12 @@ class SaveNoddiMapsd(MapTransform):
 
     Afterwards the key holds what was saved, still in the orientation of the features: a MetaTensor whose metadata are
     those of the doubled grid (`affine`, and of the file `original_affine` and `spatial_shape`), so that MONAI's own
-    transforms turn a map to the file's axes too. In a MONAI Label request nothing is written.
+    transforms turn a map to the file's axes too.
+
+    In a MONAI Label request nothing is written to `output_dir`: the answer is one float32 file on the same grid, also
+    to a viewer that asks for `.nrrd` and `uint8`. A client chooses by `map`: `all` (the default), the maps along a
+    fourth axis in the order of `map_names`, then their standard deviations; or the name of one, 3-D, which is then the
+    file of a run byte for byte. The JSON part of the answer is that of a run, with the mean of each map in the brain.
 
     Args:
         keys: maps `(M, 2X, 2Y, 2Z)` in [0, 1] for the M names, or `(2M, ...)`: means, then standard deviations.
@@ -62,13 +67,14 @@ class SaveNoddiMapsd(MapTransform):
         source: folder below which the inputs lie: their subfolders are kept below `output_dir`; a file or `None`: all
             results go into `output_dir` itself.
         name_key: key of the name of each item (`shared.noddi_items`); an item without it is called after its file.
+        brain_key: brain `(1, 2X, 2Y, 2Z)` on the grid of the maps, in which a request gets the means.
         weights_path: file whose SHA-256 is stated; `None` states null.
         settings: stated in the JSON: seed, num_inference_steps, num_samples, deterministic, ... Of a deterministic
             result the first three are null: nothing was drawn.
 
     Raises:
         ValueError: maps of another shape or grid than the doubled one, features without their metadata, values
-            that are not finite, or a file in the way that no run wrote.
+            that are not finite, a file in the way that no run wrote, or a `map` that is none of these.
         FileNotFoundError: no such weights.
     """
 
@@ -81,6 +87,7 @@ class SaveNoddiMapsd(MapTransform):
         map_names: Sequence[str] = ("ndi", "odi", "fwf"),
         source: str | os.PathLike | None = None,
         name_key: str = "name",
+        brain_key: str = "brain",
         weights_path: str | os.PathLike | None = None,
         **settings: Any,
     ) -> None:
@@ -89,7 +96,7 @@ class SaveNoddiMapsd(MapTransform):
         if not self.map_names or len(set(self.map_names)) != len(self.map_names):
             raise ValueError(f"map_names: expected one different name per map, got {list(map_names)}.")
         self.results = ResultFiles(output_dir, source)
-        self.reference_key, self.name_key = reference_key, name_key
+        self.reference_key, self.name_key, self.brain_key = reference_key, name_key, brain_key
         self.weights_path = weights_path
         self.settings = {name: chosen(value) for name, value in settings.items()}
         if str(self.settings.get("deterministic")).lower() == "true":  # a command line may hand over text
@@ -102,8 +109,10 @@ class SaveNoddiMapsd(MapTransform):
             features = self._features(d, key)
             path = str(path_of(features))
             maps = self._maps(d, key, features)
-            if not is_monai_label_request(d):
-                self._save(maps, path, features, str(d.get(self.name_key) or name_of(path)))
+            if is_monai_label_request(d):
+                self._answer(d, key, maps, path, features)
+                continue
+            self._save(maps, path, features, str(d.get(self.name_key) or name_of(path)))
             d[key] = MetaTensor(maps, affine=torch.from_numpy(_affine_of(features)), meta=_meta_of(features, path))
         return d
 
@@ -138,32 +147,69 @@ class SaveNoddiMapsd(MapTransform):
         return torch.cat((maps[:count].clamp(0.0, 1.0), maps[count:].clamp(min=0.0)))
 
     def _save(self, maps: torch.Tensor, path: str, features: MetaTensor, name: str) -> None:
-        original = np.asarray(features.meta[MetaKeys.ORIGINAL_AFFINE], dtype=np.float64)
-        values, affine = _as_in_file(maps.numpy(), _affine_of(features), original, path=path)
-        kinds = [*self.map_names, *(f"{name}_sd" for name in self.map_names)][: len(values)]
-        endings = {kind: f"_{kind}.nii.gz" for kind in kinds}
-        source_sha256 = sha256_of_file(path)
+        values, affine = self._in_file(maps, path, features)
+        endings = {kind: f"_{kind}.nii.gz" for kind in values}
+        description = self._description(path, affine)
+        source_sha256 = description["source_sha256"]
         stem = self.results.claim(path, name, source_sha256=source_sha256, endings=list(endings.values()))
         files = {kind: stem.name + ending for kind, ending in endings.items()}
-        # Hashing large weights takes seconds: once, not for each volume.
-        if self._made_with is None:
-            self._made_with = {**made_with(self.weights_path), "nibabel_version": nibabel.__version__}
-        description = {
-            "synthetic": True,
-            "intended_use": INTENDED_USE,
-            "unit": "fraction, [0, 1]",
-            "voxel_mm": [round(float(size), 6) for size in np.linalg.norm(affine[:3, :3], axis=0)],
-            "source_sha256": source_sha256,
-            **self.settings,
-            **self._made_with,
-        }
         # The JSON first: it says whose the other files are, should the process end in between.
         sidecar = stem.with_name(f"{stem.name}.json")
         remove_earlier(sidecar, set(files.values()))
         # The name of a file may be that of a patient: in the JSON beside the maps, not inside what is passed on.
         save_json({**description, "source": Path(path).name, "files": files}, sidecar)
-        for kind, channel in zip(kinds, values, strict=True):
+        for kind, channel in values.items():
             write_nifti(channel, stem.with_name(files[kind]), like=path, affine=affine)
+
+    def _answer(
+        self, data: dict[Hashable, Any], key: Hashable, maps: torch.Tensor, path: str, features: MetaTensor
+    ) -> None:
+        wanted = one_of("map", data.get("map", "all"), ["all", *self.map_names])
+        values, affine = self._in_file(maps, path, features)
+        kinds = list(values) if wanted == "all" else [wanted]
+        voxels = np.stack([values[kind] for kind in kinds], axis=-1) if wanted == "all" else values[wanted]
+        result = {
+            **self._description(path, affine),
+            "maps": kinds,
+            "shape": list(voxels.shape),
+            "mean_in_brain": self._means(maps, data.get(self.brain_key)),
+        }
+        answer_with_file(
+            data,
+            key,
+            lambda name: write_nifti(voxels, name, like=path, affine=affine),
+            suffix=".nii.gz",
+            result=result,
+            image_key=self.reference_key,
+        )
+
+    def _means(self, maps: torch.Tensor, brain: Any) -> dict[str, float] | None:
+        """Of each map inside the brain, None without one."""
+        inside = None if brain is None else torch.as_tensor(brain).as_subclass(torch.Tensor)[0] > 0
+        if inside is None or not inside.any():
+            return None
+        return {name: float(map_[inside].double().mean()) for name, map_ in zip(self.map_names, maps, strict=False)}
+
+    def _in_file(self, maps: torch.Tensor, path: str, features: MetaTensor) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Maps by name, then their standard deviations, and their affine, in the axis order of the file."""
+        original = np.asarray(features.meta[MetaKeys.ORIGINAL_AFFINE], dtype=np.float64)
+        values, affine = _as_in_file(maps.numpy(), _affine_of(features), original, path=path)
+        kinds = [*self.map_names, *(f"{name}_sd" for name in self.map_names)]
+        return dict(zip(kinds, values, strict=False)), affine
+
+    def _description(self, path: str, affine: np.ndarray) -> dict[str, Any]:
+        # Hashing large weights takes seconds: once, not for each volume.
+        if self._made_with is None:
+            self._made_with = {**made_with(self.weights_path), "nibabel_version": nibabel.__version__}
+        return {
+            "synthetic": True,
+            "intended_use": INTENDED_USE,
+            "unit": "fraction, [0, 1]",
+            "voxel_mm": [round(float(size), 6) for size in np.linalg.norm(affine[:3, :3], axis=0)],
+            "source_sha256": sha256_of_file(path),
+            **self.settings,
+            **self._made_with,
+        }
 
 
 def _affine_of(features: MetaTensor) -> np.ndarray:

@@ -11,12 +11,9 @@ from typing import Any
 import torch
 from monai.transforms import Transform
 
+from shared.transforms.label_answers import is_monai_label_request
+
 MAX_PROMPT_FILE_BYTES = 1 << 20
-
-
-def is_monai_label_request(data: Mapping[Hashable, Any]) -> bool:
-    """Whether ``data`` is a MONAI Label request: it carries the model's name and the path of the input."""
-    return "model" in data and "image_path" in data
 
 
 def _read_prompt_file(path: Path) -> list[str]:
@@ -107,19 +104,14 @@ class PromptToTokensd(Transform):
 
     The ids are a plain tensor: with meta data MONAI Label would resize the picture to the "input's" shape.
 
-    A request is refused when an option could be code. MONAI Label copies client options into the configuration before
-    ``inferer`` and ``postprocessing`` are built, where a text that starts with ``$`` is executed and a dictionary with
-    ``_target_`` instantiated. Preprocessing runs in between: this is the place to stop it.
-
     Args:
         tokenizer: ``shared.tokenizer.ClipTokenizer``: texts to ids ``(B, L)``; has ``count_tokens``, ``max_length``.
         default_prompt: for requests without a prompt.
         default_negative_prompt: for requests without a negative prompt; ``""`` is the null prompt of training.
         truncate: cut a prompt that is too long (the tokenizer logs it) instead of raising.
-        options: names of the client options that the configuration reads.
 
     Raises:
-        ValueError: for a prompt of more than ``max_length - 2`` tokens, or an option that could be code.
+        ValueError: for a prompt of more than ``max_length - 2`` tokens.
     """
 
     def __init__(
@@ -129,19 +121,16 @@ class PromptToTokensd(Transform):
         default_prompt: str | Sequence[str] = "",
         default_negative_prompt: str = "",
         truncate: bool = False,
-        options: Sequence[str] = ("negative_prompt", "seed", "guidance_scale", "num_inference_steps", "scheduler"),
     ) -> None:
         self.tokenizer = tokenizer
         self.default_prompt = default_prompt
         self.default_negative_prompt = default_negative_prompt
         self.truncate = truncate
-        self.options = tuple(options)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Returns ``data`` with ``image``: int64 ``(2, L)``, row 0 the prompt, row 1 the negative prompt."""
         d = dict(data)
         if is_monai_label_request(d):
-            self._refuse_code(d)
             d["prompt"] = self._requested_prompt(d)
             d["negative_prompt"] = _text_option(d.get("negative_prompt")) or self.default_negative_prompt
             d["result_extension"] = ".png"
@@ -168,16 +157,6 @@ class PromptToTokensd(Transform):
                 f"{key}: expected at most {limit - 2} tokens, got {count - 2}: the model would not read the end. "
                 "Shorten the text, or give --truncate_prompt True to cut it."
             )
-
-    def _refuse_code(self, data: Mapping[Hashable, Any]) -> None:
-        for name in self.options:
-            for value in _flatten(data.get(name)):
-                if isinstance(value, Mapping) or (isinstance(value, str) and value.lstrip()[:1] in ("$", "@", "%")):
-                    raise ValueError(f"{name}: expected a plain number or text, got {str(value)[:40]!r}; refused.")
-
-
-def _flatten(value: Any) -> list[Any]:
-    return [leaf for part in value for leaf in _flatten(part)] if isinstance(value, list | tuple) else [value]
 
 
 def _text_option(value: Any) -> str:

@@ -17,7 +17,7 @@ from monai.transforms import MapTransform
 
 from shared.files import atomic_path, save_json
 from shared.pictures import INTENDED_USE, SYNTHETIC_NOTE, made_with, picture_marks, save_marked_png, to_grey
-from shared.transforms.prompts import is_monai_label_request
+from shared.transforms.label_answers import is_monai_label_request
 
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # DICOM PS3.4, Secondary Capture Image Storage
 

@@ -19,12 +19,13 @@ from monai.transforms import MapTransform
 from PIL import Image
 
 from shared.files import save_json, sha256_of_file
+from shared.inferers import chosen, one_of
 from shared.intensity import unscale_intensity
 from shared.nifti_files import write_nifti
 from shared.pair_checks import grid_distance
 from shared.pictures import INTENDED_USE, made_with, picture_marks, save_marked_png, to_grey
 from shared.result_files import ResultFiles, path_of, remove_earlier
-from shared.transforms.prompts import is_monai_label_request
+from shared.transforms.label_answers import answer_with_file, is_monai_label_request
 from shared.transforms.volumes import PICTURE_SUFFIX, open_volume, scaling_of
 from shared.translation_picture import comparison_panels, on_same_grid, save_comparison
 
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 SCALED_UNIT = "[0, 1]"
 SCANNER_UNIT = "scanner intensities of the reference"
+# What the JSON calls a volume, by the end of its name.
+_KIND = {"": "image", "_sd": "standard_deviation"}
 _CONDITION_NAME = re.compile(r"(?:^|[_-])flair$", re.IGNORECASE)
 
 
@@ -49,7 +52,9 @@ class SaveTranslatedVolumed(MapTransform):
     The same input overwrites what an earlier run wrote for it. Of another input with the same name the file is kept
     and the new one is called ``..._1``. A file that is not synthetic, such as a true T1w, is never overwritten.
 
-    Does nothing in a MONAI Label request.
+    In a MONAI Label request nothing is written to ``output_dir``: the answer is the file that would have been, byte for
+    byte (without picture and JSON), also to a viewer that asks for ``.nrrd`` and ``uint8``. A client chooses it by
+    ``volume``: the contrast (``t1w``; without the option) or ``sd``. The JSON part of the answer is that of a run.
 
     Args:
         keys: ``(1, X, Y, Z)`` in [0, 1] on the input's grid (after ``Invertd``), or ``(2, X, Y, Z)``: mean and standard
@@ -75,7 +80,8 @@ class SaveTranslatedVolumed(MapTransform):
 
     Raises:
         ValueError: both kinds of reference, a reference without scanner intensities, a volume on another grid than the
-            input or with values that are not finite, or a file in the way that is not synthetic.
+            input or with values that are not finite, a file in the way that is not synthetic, or a ``volume`` that is
+            none of these, or ``sd`` of a single sample.
         FileNotFoundError: no such weights or reference.
     """
 
@@ -93,12 +99,12 @@ class SaveTranslatedVolumed(MapTransform):
         true_key: str = "t1w",
         picture: bool = True,
         software: str = "brain_controlnet",
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        conditioning_scale: float | list[float] | None = None,
-        seed: int | None = None,
-        num_samples: int | None = None,
-        scheduler: str | None = None,
+        num_inference_steps: int | str | None = None,
+        guidance_scale: float | str | None = None,
+        conditioning_scale: float | str | list[float] | None = None,
+        seed: int | str | None = None,
+        num_samples: int | str | None = None,
+        scheduler: str | list[str] | None = None,
     ) -> None:
         super().__init__(keys)
         if reference and reference_key:
@@ -116,40 +122,40 @@ class SaveTranslatedVolumed(MapTransform):
             "conditioning_scale": conditioning_scale,
             "seed": seed,
             "num_samples": num_samples,
-            "scheduler": scheduler,
+            "scheduler": chosen(scheduler),
         }
         self._made_with: dict[str, Any] | None = None
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        if is_monai_label_request(d):
-            return d
         for key in self.key_iterator(d):
-            self._save(d, key)
+            path = self._input_path(d, key)
+            mean, deviation = _volumes_of(d[key], path, key=key)
+            low, high, intensity = self._intensity(d)
+            if _is_picture(path) and intensity["unit"] != SCALED_UNIT:
+                raise ValueError(
+                    f"{path}: a PNG holds {SCALED_UNIT}, not scanner intensities; leave out the reference."
+                )
+            volumes = {"": unscale_intensity(mean, low, high)}
+            if deviation is not None:
+                volumes["_sd"] = deviation * np.float32(high - low)
+            if is_monai_label_request(d):
+                self._answer(d, key, path, volumes, self._description(path, intensity))
+                continue
+            panels = None
+            if self.picture:
+                panels = comparison_panels(path, mean, deviation, true=self._true_on_grid(d, path))
+            self._save(path, volumes, self._description(path, intensity), panels)
         return d
 
-    def _save(self, data: Mapping[Hashable, Any], key: Hashable) -> None:
-        path = self._input_path(data, key)
-        mean, deviation = _volumes_of(data[key], path, key=key)
-        low, high, intensity = self._intensity(data)
-        is_png = path.lower().endswith(PICTURE_SUFFIX)
-        if is_png and intensity["unit"] != SCALED_UNIT:
-            raise ValueError(f"{path}: a PNG holds {SCALED_UNIT}, not scanner intensities; leave out the reference.")
-        panels = None
-        if self.picture:
-            panels = comparison_panels(path, mean, deviation, true=self._true_on_grid(data, path))
-
-        source_sha256 = sha256_of_file(path)
-        extension, picture = (".png", "_comparison.png") if is_png else (".nii.gz", ".png")
+    def _save(
+        self, path: str, volumes: Mapping[str, np.ndarray], description: dict[str, Any], panels: Any | None
+    ) -> None:
+        extension, picture = (".png", "_comparison.png") if _is_picture(path) else (".nii.gz", ".png")
         endings = (extension, "_sd" + extension, picture)
         name = f"{_subject_name(path)}{self.suffix}"
-        stem = self.results.claim(path, name, source_sha256=source_sha256, endings=endings)
-        volumes = {stem.name + extension: unscale_intensity(mean, low, high)}
-        files = {"image": stem.name + extension}
-        if deviation is not None:
-            volumes[f"{stem.name}_sd{extension}"] = deviation * np.float32(high - low)
-            files["standard_deviation"] = f"{stem.name}_sd{extension}"
-        description = self._description(source_sha256, intensity)
+        stem = self.results.claim(path, name, source_sha256=description["source_sha256"], endings=endings)
+        files = {_KIND[end]: f"{stem.name}{end}{extension}" for end in volumes}
         if panels is not None:
             files["picture"] = stem.name + picture
         # The JSON first: it says whose the other files are, should the process end in between.
@@ -158,14 +164,36 @@ class SaveTranslatedVolumed(MapTransform):
         shown = {} if panels is None else {"panels": list(panels)}
         # The name of a file may be that of a patient: in the JSON beside the volume, not inside what is passed on.
         save_json({**description, "source": Path(path).name, "files": files, **shown}, sidecar)
-        for name, values in volumes.items():
-            if is_png:
-                self._write_png(values, stem.with_name(name), like=path, description=description)
-            else:
-                write_nifti(values, stem.with_name(name), like=path)
+        for end, values in volumes.items():
+            self._write(values, stem.with_name(files[_KIND[end]]), like=path, description=description)
         if panels is not None:
             marks = picture_marks({**description, **shown}, software=self.software)
             save_comparison(panels, stem.with_name(files["picture"]), marks=marks)
+
+    def _answer(
+        self,
+        data: dict[Hashable, Any],
+        key: Hashable,
+        path: str,
+        volumes: Mapping[str, np.ndarray],
+        description: dict[str, Any],
+    ) -> None:
+        ends = {self.suffix.lower(): "", "sd": "_sd"}
+        wanted = one_of("volume", data.get("volume", self.suffix.lower()), list(ends))
+        values = volumes.get(ends[wanted])
+        if values is None:
+            raise ValueError(f"volume: expected {self.suffix.lower()} of one sample, got sd; ask for num_samples of 2.")
+        extension = ".png" if _is_picture(path) else ".nii.gz"
+        spacing = np.linalg.norm(open_volume(path).affine[:3, :3], axis=0)
+        sizes = {"shape": list(values.shape), "voxel_mm": [round(float(size), 6) for size in spacing]}
+        answer_with_file(
+            data,
+            key,
+            lambda name: self._write(values, Path(name), like=path, description=description),
+            suffix=extension,
+            result={**description, "volume": wanted, **sizes},
+            image_key=self.image_key,
+        )
 
     def _input_path(self, data: Mapping[Hashable, Any], key: Hashable) -> str:
         path = path_of(data[key]) or path_of(data.get(self.image_key))
@@ -187,7 +215,7 @@ class SaveTranslatedVolumed(MapTransform):
         )
         return None
 
-    def _description(self, source_sha256: str, intensity: dict[str, Any]) -> dict[str, Any]:
+    def _description(self, path: str, intensity: dict[str, Any]) -> dict[str, Any]:
         # Hashing large weights takes seconds: once, not for each volume.
         if self._made_with is None:
             self._made_with = {**made_with(self.weights_path), "nibabel_version": nibabel.__version__}
@@ -195,7 +223,7 @@ class SaveTranslatedVolumed(MapTransform):
             "synthetic": True,
             "intended_use": INTENDED_USE,
             "contrast": self.suffix,
-            "source_sha256": source_sha256,
+            "source_sha256": sha256_of_file(path),
             **self.settings,
             "intensity": intensity,
             **self._made_with,
@@ -222,11 +250,18 @@ class SaveTranslatedVolumed(MapTransform):
             low, high = (float(value) for value in stated)
         return low, high, {"unit": SCANNER_UNIT, "low": low, "high": high}
 
-    def _write_png(self, values: np.ndarray, path: Path, *, like: str, description: Mapping[str, Any]) -> None:
+    def _write(self, values: np.ndarray, path: Path, *, like: str, description: Mapping[str, Any]) -> None:
+        if not _is_picture(like):
+            write_nifti(values, path, like=like)
+            return
         with Image.open(like) as opened:
             bits = 16 if opened.mode.startswith("I") else 8
         grey = to_grey(torch.from_numpy(values.reshape(1, *values.shape[:2])), bits)
         save_marked_png(grey, path, picture_marks(description, software=self.software))
+
+
+def _is_picture(path: str) -> bool:
+    return path.lower().endswith(PICTURE_SUFFIX)
 
 
 def _volumes_of(pred: Any, path: str, *, key: Hashable) -> tuple[np.ndarray, np.ndarray | None]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -115,7 +116,7 @@ def _fill(folder: Path, source: Path, weights: Path, overlay: Path | None, *, bu
 
 
 def _configs(source: Path, overlay: Path | None) -> dict[str, dict[str, Any]]:
-    """Configurations by name, before their components are renamed."""
+    """Configurations by name, before their components are renamed; demo weights move to the top of `models`."""
     written: dict[str, dict[str, Any]] = {}
     for path in sorted((source / "configs").glob("*.json")):
         config = configs.read_config(path)
@@ -124,13 +125,17 @@ def _configs(source: Path, overlay: Path | None) -> dict[str, dict[str, Any]]:
         if overlay is None:
             written[path.stem] = config
         elif path.samefile(overlay):
-            written[path.stem] = {**config, "ckpt_dir": _ckpt_dir("models")}
+            written[path.stem] = _moved({**config, "ckpt_dir": _ckpt_dir("models")})
         elif configs.is_standalone(config):
-            written[path.stem] = {**configs.baked(path, overlay), "ckpt_dir": _ckpt_dir("models")}
+            written[path.stem] = _moved({**configs.baked(path, overlay), "ckpt_dir": _ckpt_dir("models")})
             written[f"published_{path.stem}"] = {**config, "ckpt_dir": _ckpt_dir(PUBLISHED)}
         else:
             written[path.stem] = config
     return written
+
+
+def _moved(config: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(config).replace(f"/{DEMO}/", "/models/"))
 
 
 def _ckpt_dir(folder: str) -> str:

@@ -22,6 +22,12 @@ _DEMO = (
     "`configs/inference.json` or `configs/train.json` alone find the sizes of `models/model.pt`. The full-size "
     "configurations are `configs/published_*.json`; their weights are read from and written to `models/published`."
 )
+# Where things lie in a demo build, in this order.
+_MOVED = {
+    "Full-size weights in `models/model.pt`": "Full-size weights in `models/published/model.pt`",
+    "Trainings with `tiny.json` write": "Trainings with `tiny.json`, or of a file without `published_`, write",
+    "models/tiny": "models",
+}
 _FIRST_SECTION = "\n## Data\n"
 _TINY = "'configs/tiny.json'"
 
@@ -47,7 +53,12 @@ def card(source: Path, *, package: str, version: str, commit: str, build: str, p
     text = text.replace(INSTALL, _SELF_CONTAINED.format(package=package))
     if build == "demo":
         text = re.sub(r"```bash\n.*?```", lambda block: _full_size(block[0], published), text, flags=re.DOTALL)
-        text = text.replace("models/tiny", "models")
+        for old, new in _MOVED.items():
+            if old not in text:
+                raise ValueError(
+                    f"{source}: expected {old!r}, to name another place, found it nowhere"
+                )
+            text = text.replace(old, new)
     about = _ABOUT.format(version=version, commit=commit) + (f"\n\n{_DEMO}" if build == "demo" else "")
     return text.replace(_FIRST_SECTION, f"{about}\n{_FIRST_SECTION}")
 

@@ -16,7 +16,7 @@ from tools.export.vendor import PACKAGE
 
 # Consumers that never execute `run` (federated clients, MONAI Label, `monai.bundle.load`) do not put the bundle's
 # folder on the path, and `initialize` runs before `run` does.
-IMPORTS = ["$import os", "$import sys"]
+IMPORTS = ["$import os", "$import sys", "$from importlib.util import find_spec"]
 ON_PATH = "bundle_on_path"
 _ROOT = "os.path.abspath(@bundle_root)"
 ON_PATH_EXPRESSION = f"$sys.path.insert(0, {_ROOT}) if {_ROOT} not in sys.path else None"
@@ -79,6 +79,12 @@ def self_contained(config: dict[str, Any], package: str) -> dict[str, Any]:
     result = {key: _vendored(value, package) for key, value in config.items()}
     if not is_standalone(config):
         return result
+    # Federated clients and `monai.bundle.load` execute `initialize` before they say where the bundle lies.
+    absent = f"$@{ON_PATH} or find_spec({package!r}) is None"
+    result["initialize"] = [_unless(step, absent) if _is_own(step, package) else step for step in result["initialize"]]
+    # There the steps above were left out, so a run from a wrong folder says what is wrong here.
+    show = _vendored({"_target_": f"{PACKAGE}.errors.show_cause_last"}, package)
+    result |= {name: [show, *result[name]] for name in ("run", "training") if isinstance(result.get(name), list)}
     head = {"_desc_": result.pop("_desc_"), "imports": [*IMPORTS, *result.pop("imports", [])]}
     return {**head, "bundle_root": result.pop("bundle_root"), ON_PATH: ON_PATH_EXPRESSION, **result}
 
@@ -97,6 +103,14 @@ def _vendored(config: Any, package: str) -> Any:
         needs: Any = [f"@{ON_PATH}", *earlier] if earlier else f"@{ON_PATH}"
         return {"_target_": package + target[len(PACKAGE) :], "_requires_": needs, **rest}
     return result
+
+
+def _is_own(step: Any, package: str) -> bool:
+    return isinstance(step, Mapping) and step["_target_"].startswith(f"{package}.")
+
+
+def _unless(step: Mapping[str, Any], condition: str) -> dict[str, Any]:
+    return {"_target_": step["_target_"], "_disabled_": condition, **step}
 
 
 def _names(config: Any) -> Iterator[str]:
