@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint label clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,17 @@ lint: $(VENV)/installed
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The environment of MONAI Label, which wants older packages (docs/monai_label.md).
+LABEL_PYTHON ?= $(PYTHON)
+
+.label/installed: tools/label_requirements.txt
+	$(LABEL_PYTHON) -m venv .label
+	.label/bin/python -m pip install --quiet --upgrade pip
+	.label/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
+label: .label/installed
 
 clean:
 	rm -rf demo runs build dist .pytest_cache .mypy_cache .ruff_cache

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -31,15 +32,15 @@ BINARY = bytes(range(256)) + b"\r\n\n\r--other--\r\n\r\n--x\r\n"
 
 @pytest.fixture(autouse=True)
 def label_environment(tmp_path, monkeypatch) -> Path:
-    """A stand-in for MONAI Label's Python, which can only unpack the app."""
-    python = tmp_path / "label" / "bin" / "python"
+    """A stand-in for `make label`: a Python that can only unpack the app."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    python = tmp_path / ".label/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text(
         '#!/bin/sh\n[ "$2 $3" = "monailabel.main apps" ] || exit 1\nmkdir -p "$8/$6" && touch "$8/$6/main.py"\n'
     )
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
-    for module in (label_folders, serve_label):
-        monkeypatch.setattr(module, "label_python", lambda: str(python))
     return python
 
 
@@ -198,8 +199,7 @@ def test_one_id_cannot_stand_for_two_files():
 @pytest.fixture
 def started(monkeypatch) -> list[Any]:
     calls: list[Any] = []
-    monkeypatch.setattr(os, "execve", lambda *words: calls.append(words))
-    monkeypatch.setattr(os, "chdir", lambda folder: calls.append(Path(folder)))
+    monkeypatch.setattr(os, "execve", lambda *words: calls.append((Path.cwd(), *words)))
     monkeypatch.setenv("PYTHONPATH", "/somewhere")
     return calls
 
@@ -208,10 +208,12 @@ def conf(words: list[str]) -> dict[str, str]:
     return {words[i + 1]: words[i + 2] for i, word in enumerate(words) if word == "--conf"}
 
 
-def test_server_is_local_offline_and_knows_nothing_of_this_repository(tmp_path, bundle, started, label_environment):
+def test_server_is_local_offline_and_knows_nothing_of_this_repository(
+    tmp_path, bundle, started, label_environment, monkeypatch
+):
     prepare(f"{bundle},{make_bundle(tmp_path / 'dist' / 'cxr_ldm')}", str(tmp_path / "out"))
     start(str(tmp_path / "out"), port=8123)
-    folder, (python, words, environment) = started
+    ((folder, python, words, environment),) = started
     assert (folder, python) == (tmp_path / "out", str(label_environment))
     assert words[words.index("--host") + 1] == "127.0.0.1"
     assert words[words.index("--port") + 1] == "8123"
@@ -220,8 +222,9 @@ def test_server_is_local_offline_and_knows_nothing_of_this_repository(tmp_path, 
     assert "PYTHONPATH" not in environment
     assert environment["HF_HUB_OFFLINE"] == "1"
     assert environment["PATH"].startswith(str(label_environment.parent))
-    start(str(tmp_path / "out"), models="sdseg", train=True)
-    assert conf(started[-1][1]) == expected | {"models": "sdseg", "skip_trainers": "false"}
+    monkeypatch.chdir(tmp_path)
+    start("out", models="sdseg", train=True)
+    assert conf(started[-1][2]) == expected | {"models": "sdseg", "skip_trainers": "false"}
 
 
 def test_what_cannot_be_served_or_trained_is_refused(tmp_path, bundle, started):
@@ -238,9 +241,8 @@ def test_what_cannot_be_served_or_trained_is_refused(tmp_path, bundle, started):
     assert started == []
 
 
-def test_environment_is_asked_for_by_name(monkeypatch, tmp_path):
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
+def test_environment_is_asked_for_by_name(label_environment):
+    label_environment.unlink()
     with pytest.raises(FileNotFoundError, match=r"\.label/bin/python: expected MONAI Label's environment.*make label"):
         label_folders.label_python()
 

@@ -100,9 +100,10 @@ def start(out: str, *, port: int = 8000, train: bool = False, models: str = "") 
     command += ["--conf", "zoo_source", "local", "--conf", "sam2", "false"]
     command += ["--conf", "skip_trainers", "false" if train else "true"]
     print(" ".join(command), flush=True)
+    environment = server_environment()
     os.chdir(root)
     # Becomes the server, so that whoever started or stops this process starts or stops the server.
-    os.execve(python, command, server_environment())
+    os.execve(python, command, environment)
 
 
 # As typed: fire would make a number of the id `001` and a text of JSON's `true`.

@@ -39,7 +39,7 @@ def export(
         weights: folder with `model.pt` and, optionally, `stages/`, as trainings leave it; None: the demo weights.
         overlay: configuration that is baked into all others, because the weights were trained with it; None: with the
             demo weights `tiny.json`, else none.
-        url_base: address below which the bundle's files will be served, for `large_files.yml`.
+        url_base: address below which the bundle's files will be served, for `large_files.yml`; without it there is none.
 
     Returns:
         The folder of the exported bundle.
@@ -109,7 +109,7 @@ def _fill(folder: Path, source: Path, weights: Path, overlay: Path | None, *, bu
         out=folder,
         stamp={"__version__": metadata["version"], "__commit__": commit},
     )
-    listed = large_files(folder, url_base=url_base)
+    listed = large_files(folder, url_base=url_base) if url_base else None
     if listed is not None:
         (folder / "large_files.yml").write_text(listed, encoding="utf-8")
     archive.write_manifest(folder, name=task, version=metadata["version"], commit=commit, build=build)
