@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools import command_line, label_check, label_folders, label_requests, serve_label
+from tools import command_line, label_check, label_folders, label_requests
 from tools.label_requests import Answer, as_multipart, from_multipart, read_image, suffix_of
 from tools.serve_label import COMMANDS, ask, prepare, start, train
 
@@ -415,6 +415,12 @@ def test_comparison_says_what_differs(tmp_path, monkeypatch, values, affine, ver
     # gzip's header holds the time and the name.
     monkeypatch.setattr(Path, "read_bytes", lambda self: read_image(self)[0].tobytes())
     assert label_check._difference(CASE, path, tmp_path, "", "python") == verdict
+
+
+def test_interpreters_are_found_from_everywhere(label_environment):
+    assert label_check.interpreter(".label/bin/python") == str(label_environment)
+    with pytest.raises(FileNotFoundError, match="pithon: expected a Python interpreter"):
+        label_check.interpreter("pithon")
 
 
 def test_comparison_stacks_maps_and_scales_pictures(tmp_path, monkeypatch):

@@ -99,7 +99,7 @@ def check(url: str, work: str, *, pythons: str = "", out: str = "answers", note:
     """
     models = get_json(url, "info/")["models"]
     ids = sorted(get_json(url, "datastore/?output=all")["objects"])
-    interpreters = listed(pythons)
+    interpreters = [interpreter(python) for python in listed(pythons)]
     rows: list[dict[str, Any]] = []
     problems: list[str] = []
     for number, case in enumerate(case for case in CASES if case.model in models):
@@ -226,9 +226,19 @@ def _versions(python: str) -> dict[str, str]:
     return json.loads(subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, check=True).stdout)
 
 
-def _named(python: str) -> str:
-    if not shutil.which(python):
+def interpreter(python: str) -> str:
+    """Absolute path of a Python: bundles are run in their own folders.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = shutil.which(python)
+    if found is None:
         raise FileNotFoundError(f"{python}: expected a Python interpreter, but there is none; correct --pythons")
+    return os.path.abspath(found)
+
+
+def _named(python: str) -> str:
     return f"MONAI {_versions(python)['monai']}"
 
 

@@ -16,7 +16,7 @@ from monai.bundle import ConfigParser
 from monai.bundle.properties import InferProperties, TrainProperties
 
 from tools.bundle_checks.bundle import MANIFEST, Bundle, is_inference, is_training
-from tools.bundle_checks.expressions import expression_faults
+from tools.bundle_checks.expressions import IMPORTS, expression_faults
 from tools.bundle_checks.reading import components, strings, undefined_references
 
 TRAINING_IDS = (
@@ -160,9 +160,10 @@ def own_component_faults(bundle: Bundle) -> list[str]:
         if name in bundle.standalone and "bundle_on_path" not in config:
             faults.append(f"{name}.json: bundle_on_path: missing")
         for text in _listed(config.get("imports")):
-            if text not in ("$import os", "$import sys"):
+            if text.removeprefix("$") not in IMPORTS:
                 faults.append(
-                    f"{name}.json: imports: {text}: expected nothing but os and sys; a failing import is never repeated"
+                    f"{name}.json: imports: {text}: expected nothing but {', '.join(IMPORTS)}; a failing import is "
+                    "never repeated"
                 )
     return faults
 

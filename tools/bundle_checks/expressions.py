@@ -26,10 +26,12 @@ ALLOWED_NODES = (
     *(ast.Expression, ast.Name, ast.Attribute, ast.Constant, ast.Call, ast.Load, ast.List, ast.Starred, ast.IfExp),
     *(ast.BinOp, ast.Add, ast.Compare, ast.Eq, ast.Gt, ast.UnaryOp, ast.Not, ast.USub),
 )
-IMPORTS = ("import os", "import sys")
+IMPORTS = ("import os", "import sys", "from importlib.util import find_spec")
 # Consumers that never execute `run` do not put the bundle's folder on the path: the exporter adds this one.
 _ROOT = "os.path.abspath(@bundle_root)"
 ON_PATH = f"sys.path.insert(0, {_ROOT}) if {_ROOT} not in sys.path else None"
+# Federated clients execute `initialize` before they say where the bundle lies: its steps are left out until then.
+ABSENT = re.compile(r"@bundle_on_path or find_spec\('\w+'\) is None")
 
 
 def expression_faults(config: Any) -> list[str]:
@@ -37,7 +39,7 @@ def expression_faults(config: Any) -> list[str]:
     return [
         f"{where}: {text}: {problem}"
         for where, text in strings(config)
-        if text.startswith("$") and text[1:] not in (*IMPORTS, ON_PATH)
+        if text.startswith("$") and text[1:] not in (*IMPORTS, ON_PATH) and not ABSENT.fullmatch(text[1:])
         for problem in _problems(text[1:])
     ]
 

@@ -39,7 +39,7 @@ def export(
         weights: folder with `model.pt` and, optionally, `stages/`, as trainings leave it; None: the demo weights.
         overlay: configuration that is baked into all others, because the weights were trained with it; None: with the
             demo weights `tiny.json`, else none.
-        url_base: address below which the bundle's files will be served, for `large_files.yml`; without it there is none.
+        url_base: address below which the bundle's files will be served, for `large_files.yml`; else there is none.
 
     Returns:
         The folder of the exported bundle.

@@ -55,9 +55,7 @@ def card(source: Path, *, package: str, version: str, commit: str, build: str, p
         text = re.sub(r"```bash\n.*?```", lambda block: _full_size(block[0], published), text, flags=re.DOTALL)
         for old, new in _MOVED.items():
             if old not in text:
-                raise ValueError(
-                    f"{source}: expected {old!r}, to name another place, found it nowhere"
-                )
+                raise ValueError(f"{source}: expected {old!r}, to name another place, found it nowhere")
             text = text.replace(old, new)
     about = _ABOUT.format(version=version, commit=commit) + (f"\n\n{_DEMO}" if build == "demo" else "")
     return text.replace(_FIRST_SECTION, f"{about}\n{_FIRST_SECTION}")
