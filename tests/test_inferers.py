@@ -350,14 +350,10 @@ def test_monai_label_client_cannot_run_code(label_bundle, evil):
     trap = label_bundle / "trap"
     evil = json.loads(json.dumps(evil).replace("{}", str(trap)))
     for name in ("seed", "scheduler", "prompt"):
-        request = {"image": "", "num_inference_steps": 2, name: evil}
-        if name == "prompt":
-            label_answer(label_bundle, request)
-        else:
-            with pytest.raises(ValueError, match=f"^{name}: expected a plain number or text"):
-                label_answer(label_bundle, request)
-        with pytest.raises(ValueError, match="^seed: expected a plain number or text"):
-            label_answer(label_bundle, {"image": "", "seed": [evil]})
+        for value in (evil, [evil]):
+            # The web framework's error where that is installed: a ValueError would not reach the client.
+            with pytest.raises(Exception, match=f"{name}: expected a plain number or text"):
+                label_answer(label_bundle, {"image": "", "num_inference_steps": 2, name: value})
         assert not trap.exists()
 
 
