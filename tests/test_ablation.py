@@ -134,6 +134,7 @@ def write_evaluation(folder: Path, methods: dict[str, float], classes: tuple[str
     """Files as the bundle's evaluation writes them: two images in each of `GROUPS` groups, at two resolutions."""
     results = SegmentationResults(
         folder,
+        [],
         own=["one sample"],
         class_names=dict(enumerate(classes, start=1)),
         threshold=0.5,

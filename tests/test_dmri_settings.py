@@ -129,12 +129,13 @@ def test_options_of_a_client_reach_sampler_and_description():
     for key, value in overrides.items():
         parser.set(value, f"displayable_configs#{key}")
     sampler = parser.get_parsed_content("inferer")
-    saver = parser.get_parsed_content("postprocessing").transforms[-1]
+    saver = parser.get_parsed_content("postprocessing").transforms[-1].transform
     assert {key: getattr(sampler, key) for key in overrides} == overrides
     assert saver.settings == overrides | {"start": sampler.start}
     assert saver.map_names == MAPS
     # MONAI Label's apps show these, the options of the command line by the same name lead to them.
-    assert DMRI.config("inference")["displayable_configs"] == {key: f"@{key}" for key in overrides}
+    shown = DMRI.config("inference")["displayable_configs"]
+    assert shown == {key: f"@{key}" for key in overrides} | {"map": "@map_choices"}
 
 
 @pytest.mark.parametrize("name", [*TRAININGS, "inference", "evaluate"])

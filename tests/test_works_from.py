@@ -32,7 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sdseg": {"seed": 5, "num_samples": 2},
     "dmri2noddi": {"num_inference_steps": 2, "seed": 5},
 }
-SCHEMA = ROOT / "tests/schemas/meta_schema_20240725.json"
+SCHEMA = ROOT / "tools/schemas/meta_schema_20240725.json"
 SCRIPT = """
 import json, os, shutil, sys, traceback
 import monai
