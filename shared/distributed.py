@@ -105,7 +105,7 @@ def data_parallel(network: nn.Module, *, find_unused_parameters: bool = False) -
     pass, and the argument that says so changes its name between the releases of torch. Sent in validation, where the
     ranks have shares of different size, they would make one rank wait for ever; and a discriminator that runs twice
     before its backward pass must find them as they were. No network here evaluates with buffers that training changes,
-    but for batch normalisation, whose statistics are then those of rank 0.
+    but for batch normalisation, whose statistics `shared.handlers.batch_statistics` averages.
 
     Args:
         network: on the device of this process.

@@ -9,7 +9,7 @@ from pathlib import Path
 INSTALL = "The package of the repository must be installed (`pip install -e .` there)."
 _SELF_CONTAINED = (
     "Nothing of the repository is needed: the bundle carries its own code in `{package}`, and the packages are those "
-    "of `configs/metadata.json`. From another folder without `--bundle_root`, MONAI cannot locate `{package}`. "
+    "of `configs/metadata.json`. From another folder without `--bundle_root`, weights are sought in the wrong place. "
     "Commands with `tools.` are those of the repository."
 )
 _ABOUT = (

@@ -27,11 +27,15 @@ def write_unit_tests(task: str, folder: Path) -> list[Path]:
     Raises:
         ValueError: there are no tests of that name.
     """
-    names = (f"test_{task}.py", f"test_{task}_dist.py")
-    missing = [name for name in names if not (TEMPLATES / name).is_file()]
-    if missing:
-        raise ValueError(f"{TEMPLATES / missing[0]}: expected the unit test of the bundle, found none; write it")
-    for name in names:
+    source = TEMPLATES / f"test_{task}.py"
+    if not source.is_file():
+        raise ValueError(f"{source}: expected the unit test of the bundle, found none; write it")
+    written = {
+        f"test_{task}.py": source.read_text(encoding="utf-8"),
+        # The same for every bundle: all that differs is in the first.
+        f"test_{task}_dist.py": (TEMPLATES / "test_TASK_dist.py").read_text(encoding="utf-8").replace("TASK", task),
+    }
+    for name, text in written.items():
         with atomic_path(folder / name) as temporary:
-            temporary.write_text((TEMPLATES / name).read_text(encoding="utf-8"), encoding="utf-8")
-    return [folder / name for name in names]
+            temporary.write_text(text, encoding="utf-8")
+    return [folder / name for name in written]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stages of `dmri2noddi` trained by two processes (nccl on GPUs, gloo on CPUs), on made data.
+"""Every stage of `TASK` trained by two processes (nccl on GPUs, gloo on CPUs), on made data.
 
-Run from the root of the Model Zoo: `python ci/unit_tests/runner.py --b dmri2noddi --dist True`.
+Run from the root of the Model Zoo: `python ci/unit_tests/runner.py --b TASK --dist True`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,11 @@ import tempfile
 import unittest
 from pathlib import Path
 
-from test_dmri2noddi import BUNDLE, folders, make_data, options
+from test_TASK import BUNDLE, STAGES, folders, make_data, options
 from utils import export_config_and_run_mgpu_cmd
 
-# Each needs the weights of those before it.
-STAGES = {"train_vqgan": "stages/vqgan.pt", "train_encoder": "stages/encoder.pt", "train": "model.pt"}
 
-
-class TestDmri2NoddiDist(unittest.TestCase):
+class TestTwoProcesses(unittest.TestCase):
     def setUp(self) -> None:
         self.folder = Path(tempfile.mkdtemp())
         self.addCleanup(shutil.rmtree, self.folder)
