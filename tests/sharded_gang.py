@@ -8,8 +8,6 @@ All of it in one launch, since starting two processes takes longer than the work
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ from monai.bundle import ConfigWorkflow
 from shared.distributed import first_owner, from_all_processes, join_processes, to_main_process
 from shared.result_files import ResultFiles
 from tests.bundle_runs import BundleRuns
-from tests.conftest import ROOT
 from tests.dmri_runs import BASELINE as UPSAMPLING
 from tests.dmri_runs import DMRI
 from tests.sdseg_runs import BASELINE, SDSEG
@@ -48,15 +45,6 @@ RUNS: dict[str, tuple[BundleRuns, str, dict[str, Any]]] = {
     "dmri evaluation": (DMRI, "train evaluate", {**PATCHES, "num_samples": 4, "baseline_def": UPSAMPLING}),
 }
 LOADERS = {"inference": "dataloader", "inference_unconditional": "dataloader"}
-
-
-def launch(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Two processes of ``python arguments``, as torchrun starts them."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400
-    )
 
 
 def options_of(name: str, folder: Path, processes: str) -> dict[str, Any]:

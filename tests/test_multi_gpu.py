@@ -25,17 +25,10 @@ from shared.handlers.progress import EpochProgress
 from tests.conftest import ROOT
 from tests.test_cxr_bundle import CXR, STAGES
 from tests.tiny_networks import segmentation_model
+from tests.two_processes import launch
 from tools.phantoms.cxr_ldm import make_dataset
 
 CONFIGS = "['configs/train_autoencoder.json','configs/multi_gpu_train.json','configs/tiny.json']"
-
-
-def launch(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400
-    )
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,8 @@ from shared.shares import BatchShares, in_list_order, run_share
 from tests import dmri_runs, sdseg_runs
 from tests.bundle_runs import BundleRuns
 from tests.conftest import digest
-from tests.sharded_gang import BRAIN, CXR, LOADERS, RUNS, execute, launch
+from tests.sharded_gang import BRAIN, CXR, LOADERS, RUNS, execute
+from tests.two_processes import launch
 from tools.phantoms import brain_controlnet, cxr_ldm, dmri2noddi, sdseg
 
 # Which items each process has: batches are dealt in turn.
