@@ -7,6 +7,7 @@ All of it in one launch, since starting two processes takes longer than the work
 
 from __future__ import annotations
 
+import atexit
 import sys
 from pathlib import Path
 from typing import Any
@@ -132,15 +133,26 @@ def train_with_bad_batch(policy: str, *, in_gradient: bool) -> dict[str, Any]:
     return {"message": message, "skipped": skipped, "weights": network.module.state_dict()}
 
 
+def name_threads(file: Path) -> None:
+    """Write the names of this process's threads, also those that Python does not know of."""
+    file.write_text("".join(path.read_text() for path in Path("/proc/self/task").glob("*/comm")))
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     join_processes("cpu")
     rank = torch.distributed.get_rank()
+    name_threads(folder / f"threads{rank}_joined.txt")
+    # What is registered first is called last.
+    atexit.register(name_threads, folder / f"threads{rank}_left.txt")
     results: dict[str, Any] = {"from main": from_main_process(f"said by {rank}"), "shares": train_on_shares(folder)}
     results["segmentation shares"] = segment_on_shares()
     for policy in ("skip", "stop"):
         for where in ("gradient", "loss"):
             results[f"{policy} {where}"] = train_with_bad_batch(policy, in_gradient=where == "gradient")
+    # As in a workflow, whose parts refer to one another.
+    wrapped = data_parallel(nn.Linear(2, 2))
+    wrapped.__dict__["workflow"] = {"network": wrapped}
     leave_processes()
     assert not torch.distributed.is_initialized()
     torch.save(results, folder / f"rank{rank}.pt")

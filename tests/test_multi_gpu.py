@@ -49,6 +49,13 @@ def curve(path: Path) -> dict[tuple[str, str, str], float]:
         return {(row["epoch"], row["phase"], row["name"]): float(row["value"]) for row in csv.DictReader(file)}
 
 
+def test_no_thread_of_gloo_outlives_the_run(ranks, folder):
+    """Such a thread ends the process by SIGABRT when it lets go of a tensor while Python is ending."""
+    for rank in range(len(ranks)):
+        assert "gloo" in (folder / f"threads{rank}_joined.txt").read_text()
+        assert "gloo" not in (folder / f"threads{rank}_left.txt").read_text()
+
+
 # Steps
 
 
