@@ -20,10 +20,10 @@ class ControlNetSampler(LatentSampler):
     ``monai.inferers.ControlNetLatentDiffusionInferer`` does not fit: its ``sample`` has another signature than an
     engine calls, shrinks the condition to the size of the latents, and embeds it in every step.
 
-    The condition is embedded once per slice. Guidance 1 evaluates the constant prompt alone: the null prompt differs
-    from it by a sentence that says nothing about the subject, and evaluating both doubles the cost. All slices of a
-    volume start from the same noise, so that neighbours differ only as far as their conditions do. Slices without
-    signal in the condition (air above the head) are not sampled: they become 0.
+    The condition is embedded once per slice, and the prompt read once per batch. Guidance 1 evaluates the constant
+    prompt alone: the null prompt differs from it by a sentence that says nothing about the subject, and evaluating both
+    doubles the cost. All slices of a volume start from the same noise, so that neighbours differ only as far as their
+    conditions do. Slices without signal in the condition (air above the head) are not sampled: they become 0.
 
     Args:
         latent_shape: ``(C, h, w)`` of the latent of an image of ``image_size``; other sizes are scaled alike.
@@ -137,14 +137,16 @@ class ControlNetSampler(LatentSampler):
 
     def _predictor(self, model: Any, embedded: list[torch.Tensor]) -> Predict:
         scales = self.conditioning_scale[0] if len(self.conditioning_scale) == 1 else self.conditioning_scale
+        count = len(embedded[0])
         if self.guidance_scale == 1.0:
-            return lambda x, t: model(x, t, embedded=embedded, conditioning_scale=scales)
+            context = model.prompt(count)
+            return lambda x, t: model(x, t, embedded=embedded, context=context, conditioning_scale=scales)
         doubled = [torch.cat((part, part)) for part in embedded]
-        null = torch.arange(2 * len(embedded[0]), device=embedded[0].device) < len(embedded[0])
+        context = model.prompt(2 * count, torch.arange(2 * count, device=embedded[0].device) < count)
 
         def predict(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             twice = (torch.cat((x, x)), torch.cat((t, t)))
-            both = model(*twice, embedded=doubled, null_prompt=null, conditioning_scale=scales)
+            both = model(*twice, embedded=doubled, context=context, conditioning_scale=scales)
             unconditional, conditional = both.chunk(2)
             return guide(unconditional, conditional, self.guidance_scale)
 

@@ -13,6 +13,7 @@ from monai.networks.schedulers import Scheduler
 from monai.utils import convert_to_dst_type, optional_import
 
 from shared.distributed import is_main_process, unwrapped
+from shared.networks.fixed_context import fixed_context
 from shared.schedulers import diffusion_timesteps
 
 tqdm, has_tqdm = optional_import("tqdm", name="tqdm")
@@ -155,6 +156,9 @@ class LatentSampler(Inferer):
     ) -> torch.Tensor:
         """Denoise one latent per seed and decode it.
 
+        Cross-attention computes keys and values of the context in the first step only, as long as ``predict`` gives the
+        network the same tensor, or a view of it, in every step (``shared.networks.fixed_context``).
+
         Returns:
             Images ``(len(seeds), 1, H, W)`` in [0, 1], float32.
 
@@ -167,7 +171,8 @@ class LatentSampler(Inferer):
         timesteps: Iterable[int] = diffusion_timesteps(self.scheduler, self.num_inference_steps)
         if self.progress and has_tqdm and is_main_process():
             timesteps = tqdm(timesteps, desc=f"{len(seeds)} samples", unit="step")
-        latents = sample_latents(predict, self.scheduler, noise, timesteps)
+        with fixed_context(model):
+            latents = sample_latents(predict, self.scheduler, noise, timesteps)
         finite = latents.flatten(1).isfinite().all(dim=1)
         if not finite.all():
             bad = list(dict.fromkeys(seed for seed, ok in zip(seeds, finite.tolist(), strict=True) if not ok))

@@ -4,6 +4,7 @@ from __future__ import annotations
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.networks.blocks import CrossAttentionBlock
 from torch import nn
 
 from shared.controlnet_sampler import ControlNetSampler, UnconditionalSampler
@@ -389,3 +390,27 @@ class TestErrors:
         inputs[0, 0, 4, 5, 1] = float("nan")
         with pytest.raises(ValueError, match="expected finite latents, got NaN"):
             sampler()(inputs, model)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 2.0])
+def test_keys_and_values_of_the_prompt_are_computed_once_per_sample(model, guidance, monkeypatch):
+    layers = {
+        layer: 0
+        for block in model.modules()
+        if isinstance(block, CrossAttentionBlock)
+        for layer in (block.to_k, block.to_v)
+    }
+    plain = nn.Linear.forward
+
+    def forward(self, x):
+        if self in layers:
+            layers[self] += 1
+        return plain(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", forward)
+    sampler(guidance_scale=guidance)(slices(2), model)
+    assert set(layers.values()) == {1}
+    unconditional()(torch.zeros(2), model)
+    unet = [layer for name, layer in model.diffusion.unet.named_modules() if layer in layers]
+    assert {layers[layer] for layer in unet} == {2}
+    assert not any("forward" in layer.__dict__ for layer in layers)

@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from monai.networks.blocks import CrossAttentionBlock, SABlock
+from monai.networks.nets import DiffusionModelUNet
+from monai.networks.nets.diffusion_model_unet import SpatialTransformer
 from torch import nn
 
 from shared.networks.constant_prompt import ConstantPrompt
 from shared.networks.latent_diffusion import ConstantPromptModel, LatentDiffusionModel, TextToImageModel
+from tests.conftest import ROOT
 from tests.tiny_networks import diffusion_model, inputs
 
 
@@ -135,3 +141,39 @@ def test_monais_unet_under_a_constant_prompt():
     assert (null - expected).abs().max() > 1e-3
     steered = network(x, timesteps, middle_residual=torch.ones(2, 16, 4, 6))
     assert (steered - expected).abs().max() > 1e-3
+
+
+def unet_of(bundle: str) -> dict:
+    config = json.loads((ROOT / "bundles" / bundle / "configs" / "inference.json").read_text())["unet_def"]
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+@pytest.mark.parametrize("bundle", ["cxr_ldm", "brain_controlnet"])
+def test_attention_is_fused_and_drops_nothing(bundle):
+    """MONAI's fused attention would drop in evaluation too."""
+    with torch.device("meta"):
+        network = DiffusionModelUNet(**unet_of(bundle))
+    blocks = [module for module in network.modules() if isinstance(module, SABlock | CrossAttentionBlock)]
+    assert len(blocks) == 22
+    assert all(block.use_flash_attention for block in blocks)
+    assert {block.dropout_rate for block in blocks} == {0.0}
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_fused_attention_equals_the_plain_one_with_the_published_heads(level):
+    config = unet_of("cxr_ldm")
+    channels, head = config["channels"][level], config["num_head_channels"][level]
+    results = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        block = SpatialTransformer(
+            2, channels, channels // head, head, cross_attention_dim=1024, use_flash_attention=fused
+        )
+        nn.init.normal_(block.proj_out.conv.weight, std=channels**-0.5)
+        x, context = torch.randn(2, channels, 4, 6), torch.randn(2, 77, 1024)
+        x.requires_grad_()
+        output = block(x, context)
+        output.square().mean().backward()
+        results.append([output.detach(), x.grad, *(parameter.grad for parameter in block.parameters())])
+    assert all((one - two).norm() <= 1e-5 * one.norm() for one, two in zip(*results, strict=True))
+    assert min(part.norm() for part in results[0]) > 0

@@ -80,6 +80,11 @@ class ControlNetModel(nn.Module):
         return self.diffusion.scale_factor
 
     @property
+    def prompt(self) -> Any:
+        """Gives the context of a batch, see ``ConstantPrompt``."""
+        return self.diffusion.prompt
+
+    @property
     def trained(self) -> nn.ModuleDict:
         """The parts that take gradients, for checkpoints: the frozen ones lie in the file of stage 2 already."""
         parts: dict[str, nn.Module] = {"controlnets": self.controlnets, "embeddings": self.embeddings}
@@ -145,6 +150,7 @@ class ControlNetModel(nn.Module):
         embedded: Sequence[torch.Tensor] | None = None,
         null_prompt: torch.Tensor | None = None,
         conditioning_scale: float | Sequence[float] = 1.0,
+        context: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Predict the target of the noise schedule for noisy latents.
 
@@ -155,6 +161,7 @@ class ControlNetModel(nn.Module):
             embedded: result of ``embed_condition``.
             null_prompt: booleans ``(B,)``, see ``ConstantPromptModel``.
             conditioning_scale: factor of the residuals, one for all ControlNets or one each; 0 leaves the U-Net alone.
+            context: what ``prompt`` gave for ``null_prompt``, which is not looked at then.
 
         Raises:
             ValueError: when neither ``condition`` nor ``embedded`` is given, or the number of scales is wrong.
@@ -164,7 +171,8 @@ class ControlNetModel(nn.Module):
             if condition is None:
                 raise ValueError("condition: expected images or their embeddings, got neither; pass one of the two.")
             embedded = self.embed_condition(condition)
-        context = self.diffusion.prompt(len(x), null_prompt)
+        if context is None:
+            context = self.prompt(len(x), null_prompt)
         down: list[torch.Tensor] | None = None
         middle: torch.Tensor | None = None
         for net, hint, scale in zip(self.controlnets, embedded, scales, strict=True):
@@ -173,7 +181,7 @@ class ControlNetModel(nn.Module):
             more_down, more_middle = net(x, timesteps, controlnet_cond=hint, conditioning_scale=scale, context=context)
             down = more_down if down is None else [a + b for a, b in zip(down, more_down, strict=True)]
             middle = more_middle if middle is None else middle + more_middle
-        return self.diffusion(x, timesteps, null_prompt, down_residuals=down, middle_residual=middle)
+        return self.diffusion(x, timesteps, down_residuals=down, middle_residual=middle, context=context)
 
     def _scales(self, value: float | Sequence[float]) -> list[float]:
         scales = list(value) if isinstance(value, Sequence) else [float(value)] * len(self.controlnets)

@@ -121,6 +121,7 @@ class ConstantPromptModel(LatentDiffusionModel):
         null_prompt: torch.Tensor | None = None,
         down_residuals: Sequence[torch.Tensor] | None = None,
         middle_residual: torch.Tensor | None = None,
+        context: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Predict the target of the noise schedule for noisy latents.
 
@@ -130,6 +131,7 @@ class ConstantPromptModel(LatentDiffusionModel):
             null_prompt: booleans ``(B,)``, true where the null prompt replaces the constant one; ``None``: nowhere.
             down_residuals: added to the U-Net's skip connections, e.g. by ControlNets; ``None``: nothing is added.
             middle_residual: added to the output of its middle block.
+            context: what ``prompt`` gave for ``null_prompt``, which is not looked at then.
 
         Returns:
             The prediction ``(B, C, h, w)``.
@@ -137,7 +139,7 @@ class ConstantPromptModel(LatentDiffusionModel):
         return self.unet(
             x,
             timesteps=timesteps,
-            context=self.prompt(len(x), null_prompt),
+            context=self.prompt(len(x), null_prompt) if context is None else context,
             down_block_additional_residuals=None if down_residuals is None else tuple(down_residuals),
             mid_block_additional_residual=middle_residual,
         )
