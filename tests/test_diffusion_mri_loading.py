@@ -12,6 +12,7 @@ from monai.data import MetaTensor
 from monai.transforms import Orientation
 
 from shared.diffusion_features import DirectionFeatures, RotationInvariantFeatures
+from shared.diffusion_series import Series
 from shared.gradients import GradientTable
 from shared.resolution import doubled_affine
 from shared.transforms.diffusion_mri import (
@@ -143,6 +144,32 @@ def test_without_a_mask_the_foreground_of_b0_is_the_brain(tmp_path: Path):
     del item["mask"]
     with pytest.raises(ValueError, match=r"dwi\.nii\.gz: expected a positive b0"):
         load_brain(item)
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_a_series_is_read_once_for_features_and_brain(tmp_path: Path, monkeypatch, mask: bool):
+    signal = np.full((*SHAPE, 7), 3, np.float32)
+    signal[1:5, 1:6, 1:4] = 500
+    item = make_item(tmp_path, signal=signal)
+    if not mask:
+        del item["mask"]
+    expected = load_brain(item)
+    reads: list[str] = []
+    read = Series.read
+    monkeypatch.setattr(Series, "read", lambda self: (reads.append(self.file.path), read(self))[1])
+    result = LoadBrainMaskd()(LoadDiffusionFeaturesd(features=FEATURES)(item))
+    assert reads == [item["dwi"]]
+    assert torch.equal(result["brain"], expected)
+    assert expected.sum() in (8 * 4 * 5 * 3, 8 * 47)
+    assert set(result) == {*item, "image", "brain"}
+    # The mask of another series is not taken for this one's, nor the foreground for a mask.
+    (tmp_path / "other").mkdir()
+    other = make_item(tmp_path / "other", signal=np.flip(signal, 0).copy())
+    if not mask:
+        del other["mask"]
+    first = LoadDiffusionFeaturesd(features=FEATURES)(item)
+    second = LoadDiffusionFeaturesd(features=FEATURES)({**first, **other})
+    assert torch.equal(LoadBrainMaskd()(second)["brain"], load_brain(other))
 
 
 def test_transforms_put_everything_under_its_name(tmp_path: Path):

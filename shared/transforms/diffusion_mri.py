@@ -34,6 +34,7 @@ from shared.resolution import block_average, doubled_affine
 from shared.transforms.volumes import VolumeFile, as_volume_tensor, open_volume
 
 MAP_KEYS = ("ndi", "odi", "fwf")
+FOREGROUND_KEY = "dwi_foreground"  # from `LoadDiffusionFeaturesd` to `LoadBrainMaskd`
 _GRID_TOLERANCE = 1e-2  # mm; programs round the affine differently
 _RANGE_TOLERANCE = 1e-3  # of a map outside [0, 1]; rounding of a fit
 
@@ -110,13 +111,19 @@ def load_features(item: Mapping[Hashable, Any], features: Features) -> MetaTenso
         FileNotFoundError, ValueError: a file is missing, damaged or does not belong to the others; a shell is missing;
             NaN inside the brain. The message starts with the path.
     """
+    return _features_and_foreground(item, features)[0]
+
+
+def _features_and_foreground(item: Mapping[Hashable, Any], features: Features) -> tuple[MetaTensor, np.ndarray | None]:
+    """The channels, and the foreground of the mean b0 (X, Y, Z) bool where the item has no mask."""
     series = _needed_series(item)
     table = table_of(item, series)
     mask_path = path_of(item, ("mask",))
     mask = None if mask_path is None else _read_mask(mask_path, series)
+    foreground = None
     signal = series.read()
     if mask is None:
-        mask = foreground_of(mean_b0(signal, table), name=series.file.path)
+        mask = foreground = foreground_of(mean_b0(signal, table), name=series.file.path)
     elif mask.shape != series.ras_shape:
         mask = block_average(mask) > 0
     try:
@@ -126,7 +133,7 @@ def load_features(item: Mapping[Hashable, Any], features: Features) -> MetaTenso
     tensor = as_volume_tensor(torch.from_numpy(channels), series.file)
     tensor.affine = torch.from_numpy(series.ras_affine)
     tensor.meta["original_axcodes"] = orientation_of(series.file.affine)
-    return tensor
+    return tensor, foreground
 
 
 def load_maps(item: Mapping[Hashable, Any], keys: Sequence[str] = MAP_KEYS) -> MetaTensor:
@@ -182,7 +189,8 @@ def load_brain(item: Mapping[Hashable, Any]) -> MetaTensor:
     """Brain mask on the doubled grid, in RAS order.
 
     Args:
-        item: as for `load_features`; the series is read only where there is no `mask`.
+        item: as for `load_features`; the series is read only where there is neither a `mask` nor what
+            `LoadDiffusionFeaturesd` found in its place.
 
     Returns:
         (1, 2X, 2Y, 2Z) float32, 0 or 1: the mask as it is if it lies on the doubled grid, else every voxel of the mask,
@@ -193,10 +201,12 @@ def load_brain(item: Mapping[Hashable, Any]) -> MetaTensor:
     """
     series = _needed_series(item)
     mask_path = path_of(item, ("mask",))
-    if mask_path is None:
-        mask = foreground_of(mean_b0(series.read(), table_of(item, series)), name=series.file.path)
-    else:
+    if mask_path is not None:
         mask = _read_mask(mask_path, series)
+    elif item.get(FOREGROUND_KEY) is not None:
+        mask = item[FOREGROUND_KEY]
+    else:
+        mask = foreground_of(mean_b0(series.read(), table_of(item, series)), name=series.file.path)
     if mask.shape == series.ras_shape:
         mask = mask.repeat(2, 0).repeat(2, 1).repeat(2, 2)
     tensor = as_volume_tensor(torch.from_numpy(mask[None].astype(np.float32)), series.file)
@@ -206,6 +216,8 @@ def load_brain(item: Mapping[Hashable, Any]) -> MetaTensor:
 
 class LoadDiffusionFeaturesd(MapTransform):
     """Load the input channels of a series, see `load_features`.
+
+    Of a series without a mask the foreground comes along, for `LoadBrainMaskd`, which would read all of it again.
 
     Args:
         keys: of the series; the first that the item has is taken, or `image`, under which MONAI Label hands it over.
@@ -223,7 +235,11 @@ class LoadDiffusionFeaturesd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         path = path_of(data, (*self.keys, "image"))
         item = {**data, "dwi": path}  # kept for the mask: the result may take the place of MONAI Label's path
-        return {**item, self.name: load_features(item, self.features)}
+        channels, foreground = _features_and_foreground(item, self.features)
+        # Of an earlier series none may stay; and where there is a mask, items are as they were.
+        kept = {key: value for key, value in item.items() if key != FOREGROUND_KEY}
+        found: dict[Hashable, Any] = {} if foreground is None else {FOREGROUND_KEY: foreground}
+        return {**kept, **found, self.name: channels}
 
 
 class LoadNoddiMapsd(MapTransform):
@@ -246,7 +262,8 @@ class LoadNoddiMapsd(MapTransform):
 
 
 class LoadBrainMaskd(Transform):
-    """Load the brain mask on the doubled grid, see `load_brain`.
+    """Load the brain mask on the doubled grid, see `load_brain`; the foreground that `LoadDiffusionFeaturesd` left is
+    used up.
 
     Args:
         name: key of the result.
@@ -259,4 +276,5 @@ class LoadBrainMaskd(Transform):
         self.name = name
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        return {**data, self.name: load_brain(data)}
+        brain = load_brain(data)
+        return {**{key: value for key, value in data.items() if key != FOREGROUND_KEY}, self.name: brain}
