@@ -76,18 +76,22 @@ class FeatureStatistics:
             raise ValueError(f"features: expected {self.mean.numel()} columns, got {batch.shape[1]}")
         mean = batch.mean(dim=0)
         centred = batch - mean
-        self._add(len(batch), mean, centred.T @ centred)
+        self._shift(len(batch), mean)
+        self._scatter.addmm_(centred.T, centred)
 
     def merge(self, other: FeatureStatistics) -> None:
         """Add all that another accumulator has seen (another worker's share)."""
-        self._add(other.n, other.mean, other._scatter)
+        self._shift(other.n, other.mean)
+        self._scatter += other._scatter
 
-    def _add(self, n: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
+    def _shift(self, n: int, mean: torch.Tensor) -> None:
+        """Move the mean by ``n`` more vectors; what they add beside their own scatter. In place: with 2048 features a
+        matrix of this size is 34 MB."""
         if n == 0:
             return
         total = self.n + n
         step = mean - self.mean
-        self._scatter = self._scatter + scatter + torch.outer(step, step) * (self.n * n / total)
+        self._scatter.addr_(step, step, alpha=self.n * n / total)
         self.mean = self.mean + step * (n / total)
         self.n = total
 

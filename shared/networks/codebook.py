@@ -20,7 +20,8 @@ def nearest_code(vectors: torch.Tensor, codes: torch.Tensor, *, chunk: int = 256
 
     Neither ``torch.cdist`` with ``argmin`` nor ``EMAQuantizer.quantize`` fits: both write the whole M x K matrix
     (1 GB for one 32^3 latent and 8192 codes), and waiting for memory is most of their time. Here scores of ``chunk``
-    codes are compared with the best so far and forgotten. ``python -m tools.benchmark_codebook`` measures the ratio.
+    codes are compared with the best so far and forgotten. ``python -m tools.benchmark dmri2noddi --what metric``
+    measures the ratio.
 
     Always in float32, also under autocast: bfloat16 holds 3 digits and takes neighbours for equal. Both sides are
     centred on the codes' mean first, which keeps the digits that distinguish codes far from the origin.
