@@ -51,8 +51,9 @@ class _LastProjection:
 def fixed_context(*networks: nn.Module) -> Iterator[None]:
     """While open, cross-attention computes the keys and values of a context once, not in every call of the network.
 
-    The steps of a sampler see one context. The results are the same bits. Every block remembers the last context alone, and computes anew for another one:
-    nothing needs to be told when it changes, and an open block holds no more than one set of keys and values.
+    The steps of a sampler see one context. The results are the same bits. Every block remembers the last context
+    alone, and computes anew for another one: nothing needs to be told when it changes, and an open block holds no more
+    than one set of keys and values.
 
     Nothing is remembered where gradients are on, in inference mode, and in networks that are compiled, which compute
     as without it. Weights and state dicts stay as they are. It may be opened again inside itself, and by several

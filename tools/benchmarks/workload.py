@@ -91,7 +91,7 @@ class Workload:
 
 Builder = Callable[[Setting], Workload]
 Catalogue = Mapping[Kind, Sequence[Builder]]
-"""What a module of this package offers as ``WORKLOADS``: workloads are built one at a time, since each holds networks."""
+"""What a module of this package offers as ``WORKLOADS``: built one at a time, since each workload holds networks."""
 
 
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
