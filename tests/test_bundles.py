@@ -159,6 +159,7 @@ MAY_DISAGREE: dict[str, Licences] = {
         "unet_def": ("three dimensions; published with other channels", {"train", "inference"}),
         "noise_schedule": ("published: epsilon, betas from 1e-4 to 0.02", {"train", "inference"}),
         "noise_scheduler": ("one scheduler trains and samples", {"train"}),
+        "noise_schedulers": ("published with 100 steps", {"inference"}),
         "optimizer": ("published: Adam with weight decay", {"train"}),
         "loss": ("published: mean absolute error", {"train", "train_baseline"}),
     },

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,9 +54,22 @@ def test_one_map_at_a_time_through_all_stages(phantoms, volumes, tmp_path):
                     encoded = content("autoencoder_def").eval().encode(truth[None])[0]
                 torch.testing.assert_close(item["latent_mean"], encoded, rtol=0, atol=1e-4)
                 assert item["map_id"] == data[index]["map_id"]
+                if stage == "train":
+                    check_condition(content, index)
     assert weights(tmp_path, "stages/vqgan")["encoder.conv_in.1.conv.weight"].shape[1] == 1
     assert weights(tmp_path, "stages/encoder")["kernels.0.conv.weight"].shape[1] == 8 + 3
     check_maps(phantoms, tmp_path, tmp_path / "out", one_map=True)
+
+
+@torch.no_grad()
+def check_condition(content: Callable, index: int) -> None:
+    """The cached estimate of the wanted map, normalised, is the condition that the network makes of the features."""
+    item, model = content("train#dataset")[index], content("network_def").eval()
+    features = content("train#feature_preprocessing")(content("train#dataset").data[index])["image"]
+    wanted = torch.tensor([item["map_id"]])
+    condition = model.normalize(item["condition_latent"][None])
+    torch.testing.assert_close(condition, model.condition(features[None], wanted), rtol=0, atol=1e-5)
+    assert (condition - model.condition(features[None], (wanted + 1) % 3)).abs().max() > 1e-3
 
 
 def test_volumes_of_each_direction_can_be_the_input(phantoms, volumes, tmp_path, capsys):

@@ -63,7 +63,9 @@ def volumes(tmp_path_factory) -> Path:
 
 
 def estimate(models: Path, source: str | Path, output_dir: Path, stage: str = "inference", **overrides: Any) -> Path:
-    DMRI.execute(stage, Path(source), **{"ckpt_dir": str(models), "output_dir": str(output_dir), **overrides})
+    # The solver whose steps `maps_by_hand` takes.
+    options = {"ckpt_dir": str(models), "output_dir": str(output_dir), "scheduler": "ddim"}
+    DMRI.execute(stage, Path(source), **{**options, **overrides})
     return output_dir
 
 
@@ -230,6 +232,23 @@ def test_overlap_and_fusion_are_options(head, models, estimated, tmp_path):
     for name, chosen in (("overlap", {"overlap": 0.0}), ("fusion", {"fusion": "maps"})):
         out = estimate(models, head["dwi"], tmp_path / name, **chosen)
         assert np.mean(np.abs(maps_in(out) - maps_in(estimated)) > 1e-3) > 0.1
+
+
+def test_solver_is_an_option_of_commands_and_clients(head, models, estimated, tmp_path):
+    out = estimate(models, head["dwi"], tmp_path / "dpm", scheduler="dpm")
+    assert np.mean(np.abs(maps_in(out) - maps_in(estimated)) > 1e-3) > 0.1
+    said = [
+        json.loads(next(folder.rglob(f"{head['subject']}.json")).read_text())["scheduler"]
+        for folder in (out, estimated)
+    ]
+    assert said == ["dpm", "ddim"]
+    with DMRI.small("inference", Path("unused"), {}) as workflow:
+        check = workflow.parser.get_parsed_content("preprocessing").transforms[0]
+    request = {"image": head["dwi"], "image_path": head["dwi"], "model": "dmri2noddi"}
+    assert check({**request, "scheduler": "dpm"})["scheduler"] == "dpm"
+    # With the web framework installed it is that one's error.
+    with pytest.raises(Exception, match="scheduler: expected dpm or ddim, got 'euler'"):
+        check({**request, "scheduler": "euler"})
 
 
 def cropped(item: dict[str, Any], folder: Path, *, shape: Sequence[int] = (7, 6, 5), volumes: int = 64) -> Path:

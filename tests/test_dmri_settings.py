@@ -8,7 +8,7 @@ import torch
 from monai.bundle import ConfigParser, verify_net_in_out
 
 from shared.patches import patch_starts
-from shared.schedulers import diffusion_timesteps
+from shared.schedulers import DDIMScheduler, DPMSolverMultistepScheduler, diffusion_timesteps
 from tests.bundle_tools import components
 from tests.dmri_runs import DMRI, MAPS, MODEL, TRAININGS, network
 
@@ -97,40 +97,45 @@ def test_a_published_volume_has_36_patches():
 def test_schedule_is_the_published_one(name):
     """Spec dmri2noddi 4.4: linear in the square root, 1e-4 to 2e-2, 1000 steps; noise is predicted."""
     parser = ConfigParser(DMRI.config(name))
-    scheduler = parser.get_parsed_content("noise_scheduler")
-    assert scheduler.num_train_timesteps == 1000
-    assert scheduler.prediction_type == "epsilon"
-    assert scheduler.betas[0].item() == pytest.approx(1e-4)
-    assert scheduler.betas[-1].item() == pytest.approx(2e-2)
-    steps = scheduler.betas.double().sqrt().diff()
-    assert (steps / steps.mean() - 1).abs().max() < 1e-3
-    assert scheduler.alphas_cumprod[-1].item() == pytest.approx(7.33e-4, rel=1e-3)
+    schedulers = [*parser.get_parsed_content("noise_schedulers").values()]
+    assert [type(scheduler) for scheduler in schedulers] == [DPMSolverMultistepScheduler, DDIMScheduler]
+    for scheduler in schedulers + ([parser.get_parsed_content("noise_scheduler")] if name == "train" else []):
+        assert scheduler.num_train_timesteps == 1000
+        assert scheduler.prediction_type == "epsilon"
+        assert scheduler.betas[0].item() == pytest.approx(1e-4)
+        assert scheduler.betas[-1].item() == pytest.approx(2e-2)
+        steps = scheduler.betas.double().sqrt().diff()
+        assert (steps / steps.mean() - 1).abs().max() < 1e-3
+        assert scheduler.alphas_cumprod[-1].item() == pytest.approx(7.33e-4, rel=1e-3)
 
 
-def test_inference_takes_100_steps_of_10_and_arrives_at_the_clean_latent():
-    config = DMRI.config("inference")
-    sampler = ConfigParser(config).get_parsed_content("inferer")
-    assert (sampler.num_inference_steps, sampler.num_samples, sampler.deterministic) == (100, 1, False)
+def test_inference_arrives_at_the_clean_latent_with_either_solver():
+    parser = ConfigParser(DMRI.config("inference"))
+    sampler = parser.get_parsed_content("inferer")
+    assert isinstance(sampler.scheduler, DPMSolverMultistepScheduler)
+    assert (sampler.num_inference_steps, sampler.num_samples, sampler.deterministic) == (30, 1, False)
     assert (sampler.overlap, sampler.start) == (0.4375, 1.0)
     assert sampler.patch_size == (32, 32, 32)
     assert sampler.fusion == "steps"
-    timesteps = diffusion_timesteps(sampler.scheduler, sampler.num_inference_steps)
-    assert timesteps == list(range(999, 0, -10))
-    noise, clean = torch.randn(2, 1, 8, 4, 3, 2)
-    x = sampler.scheduler.add_noise(clean, noise, torch.tensor([999]))
-    for t in timesteps:
-        x, _ = sampler.scheduler.step(noise, t, x)
-    torch.testing.assert_close(x, clean, rtol=0, atol=1e-3)
+    published = parser.get_parsed_content("noise_schedulers#ddim")
+    assert diffusion_timesteps(published, 100) == list(range(999, 0, -10))
+    for scheduler, steps in ((sampler.scheduler, 30), (published, 100)):
+        noise, clean = torch.randn(2, 1, 8, 4, 3, 2)
+        x = scheduler.add_noise(clean, noise, torch.tensor([999]))
+        for t in diffusion_timesteps(scheduler, steps):
+            x, _ = scheduler.step(noise, t, x)
+        torch.testing.assert_close(x, clean, rtol=0, atol=1e-3)
 
 
 def test_options_of_a_client_reach_sampler_and_description():
-    overrides = {"seed": 7, "num_samples": 3, "num_inference_steps": 5, "deterministic": False}
+    overrides = {"seed": 7, "num_samples": 3, "num_inference_steps": 5, "scheduler": "dpm", "deterministic": False}
     parser = ConfigParser(DMRI.config("inference"))
     for key, value in overrides.items():
         parser.set(value, f"displayable_configs#{key}")
     sampler = parser.get_parsed_content("inferer")
     saver = parser.get_parsed_content("postprocessing").transforms[-1].transform
-    assert {key: getattr(sampler, key) for key in overrides} == overrides
+    solver = parser.get_parsed_content("noise_schedulers")["dpm"]
+    assert {key: getattr(sampler, key) for key in overrides} == overrides | {"scheduler": solver}
     assert saver.settings == overrides | {"start": sampler.start}
     assert saver.map_names == MAPS
     # MONAI Label's apps show these, the options of the command line by the same name lead to them.
@@ -146,7 +151,7 @@ def test_every_part_gets_features_maps_and_patch(name):
         "LoadDiffusionFeaturesd": {"keys": "dwi", "features": "@features_def"},
         "LoadNoddiMapsd": {"keys": "@maps"},
         "patch_items": {"patch_size": "@patch_size", "stride": "@patch_stride", "min_foreground": "@min_foreground"},
-        "NoddiSampler": {"scheduler": "@noise_scheduler", "patch_size": "@patch_size"},
+        "NoddiSampler": {"patch_size": "@patch_size"},
         "PatchwiseReconstruction": {"patch_size": "@patch_size", "overlap": "@overlap", "one_map": "@one_map"},
         "UpsamplingBaseline": {"patch_size": "@patch_size", "overlap": "@overlap"},
         "NoddiModel": {"one_map": "@one_map", "num_maps": "$len(@maps)"},
@@ -155,6 +160,8 @@ def test_every_part_gets_features_maps_and_patch(name):
     assert any(kind in wanted for kind, _ in found)
     for kind, part in found:
         assert wanted.get(kind, {}).items() <= part.items()
+        if kind == "NoddiSampler":  # one of those that differ in their solver alone; without diffusion any will do
+            assert part.get("schedulers") == "@noise_schedulers" or part["deterministic"] is True
 
 
 @pytest.mark.parametrize("overlays", [("inference",), ("train",)])

@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from monai.data import DataLoader
+from monai.data import DataLoader, list_data_collate
 from monai.transforms import CenterSpatialCropd, Compose
 from PIL import Image
 from torch import nn
 
-from shared.latent_cache import LatentDataset, _cache_key, check_augmentation, latent_statistics, measure_scale_factor
+from shared.latent_cache import LatentDataset, check_augmentation, latent_statistics, measure_scale_factor
+from shared.latent_store import Encoding, LatentStore, cache_key
 from shared.transforms.images import LoadRadiographd, ResizeShorterSided
 
 
@@ -369,7 +371,7 @@ def test_keys_of_caches_that_exist_stay_the_same(tmp_path):
     for parameter in network.parameters():
         nn.init.constant_(parameter, 0.5)
     transform = type("T", (Settings,), {"__module__": "m"})()
-    assert _cache_key(sources, ("image",), transform, network) == "457c66cb3844204d"
+    assert cache_key(sources, ("image",), transform, network) == "457c66cb3844204d"
 
 
 class VectorEncoder(nn.Module):
@@ -529,3 +531,96 @@ def test_statistics_of_a_constant_or_infinite_channel_are_refused(volume_items, 
         r"\S+ in channel 1 \(1 such channels\); train the autoencoder first",
     ):
         latent_statistics(given_latents(volume_items, *latents))
+
+
+# Further encodings
+
+
+class Brightness:
+    """The second volume, brighter; the text of the item is never read."""
+
+    def __init__(self, factor: float = 2.0) -> None:
+        self.factor = factor
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        assert "text" not in item or "volume" in item, "only what the encoding needs, or after the image transform"
+        return {**item, "bright": self.factor * torch.from_numpy(np.load(item["second"]))[None]}
+
+
+def further_of(factor: float = 2.0, weight: float = 1.0) -> tuple[VectorEncoder, dict[str, Encoding]]:
+    network = VectorEncoder()
+    network.convolution.weight.data.mul_(weight)
+    encoding = Encoding(
+        network, Brightness(factor), keys=["second", "shift"], path_keys=["second"], encoded_key="bright"
+    )
+    return network, {"condition": encoding}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_further_latents_lie_in_files_of_their_own(volume_items, tmp_path, workers):
+    network, further = further_of()
+    folder = tmp_path / "cache"
+    dataset = volumes_of(volume_items, folder, VectorEncoder(), further=further, num_workers=workers)
+    assert network.calls == [3, 2]
+    assert sorted(path.name.split("_")[0] for path in folder.glob("*.npy")) == ["condition", "latents"]
+    # The autoencoder's are those of a data set without them.
+    assert volumes_of(volume_items, folder, VectorEncoder()).cache_path == dataset.cache_path
+    [batch] = DataLoader(dataset, batch_size=5, num_workers=workers)
+    assert set(batch) == {"text", "latent_mean", "condition", "item_id"}
+    with torch.no_grad():
+        volumes = torch.stack([Brightness()({"second": item["second"]})["bright"] for item in volume_items])
+        torch.testing.assert_close(batch["condition"], network.encode(volumes), atol=1e-5, rtol=1e-5)
+    assert batch["condition"].dtype == torch.float32
+    network, further = further_of()
+    volumes_of(volume_items, folder, VectorEncoder(), further=further)
+    assert network.calls == [1], "one stored item is compared"
+
+
+def test_every_cause_of_other_further_latents_makes_another_file(volume_items, tmp_path):
+    folder = tmp_path / "cache"
+
+    def files(**options: Any) -> int:
+        volumes_of(volume_items, folder, VectorEncoder(), further=further_of(**options)[1])
+        return len(list(folder.glob("condition_*.npy")))
+
+    assert [files(), files(), files(factor=3.0), files(weight=0.5)] == [1, 1, 2, 3]
+    os.utime(volume_items[1]["second"], ns=(0, 1_000_000))
+    assert files() == 4
+    volume_items[1]["shift"] = 3
+    assert files() == 5
+    os.utime(volume_items[1]["first"], ns=(0, 1_000_000))
+    assert files() == 5, "the first volume is none of its files"
+    assert len(list(folder.glob("latents_*.npy"))) == 3
+
+
+def test_without_a_cache_further_transforms_are_applied_instead(volume_items):
+    network, further = further_of()
+    item = volumes_of(volume_items, None, VectorEncoder(), further=further)[2]
+    assert {"volume", "bright", "first", "second", "text"} <= set(item)
+    assert "condition" not in item
+    assert network.calls == []
+
+
+def test_store_encodes_what_is_asked_for_or_reads_it(volume_items, tmp_path):
+    network, further = further_of()
+    stores = [LatentStore(volume_items, further["condition"], folder) for folder in (tmp_path, "")]
+    assert [store.path is None for store in stores] == [False, True]
+    assert [len(store) for store in stores] == [5, 5]
+    assert network.calls == [5]
+    for index in (0, 4):
+        torch.testing.assert_close(*(store[index] for store in stores), atol=1e-5, rtol=1e-5)
+    assert stores[0][1].shape == (1, 3, 2, 3, 4)
+    encoding = further["condition"]
+    inputs = list_data_collate([encoding.inputs(encoding.source(item)) for item in volume_items[:2]])
+    assert encoding.encode(inputs).shape == (2, 1, 3, 2, 3, 4)
+
+
+def test_workers_get_neither_networks_nor_stored_values(volume_items, tmp_path):
+    dataset = volumes_of(volume_items, tmp_path / "cache", VectorEncoder(), further=further_of()[1])
+    first = dataset[0]
+    sent = pickle.dumps(dataset)
+    assert b"convolution" not in sent
+    assert b"memmap" not in sent
+    copy = pickle.loads(sent)
+    for key in ("latent_mean", "condition"):
+        assert torch.equal(copy[0][key], first[key])

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from monai.data import MetaTensor
+from monai.data import MetaTensor, list_data_collate
 from torch import nn
 
 from shared.networks.noddi import NoddiModel
-from shared.noddi_batch import FeaturesBatch, MapsAsTarget, NoddiBatch
+from shared.noddi_batch import EstimateEncoding, FeaturesBatch, MapsAsTarget, NoddiBatch
 from shared.schedulers import DDIMScheduler
 
 CPU = torch.device("cpu")
@@ -150,3 +150,32 @@ def test_network_takes_what_the_batch_prepares():
     noisy, condition = net.unet.seen.chunk(2, dim=1)
     assert torch.equal(noisy, named["noisy"])
     torch.testing.assert_close(condition, net.normalize(features[:, :2]))
+
+
+@pytest.mark.parametrize("one_map", [False, True])
+def test_cached_estimate_conditions_like_the_features(one_map):
+    """In whatever batches it was computed, and with the mean and deviation that are measured afterwards."""
+    net, given = model(one_map), {"map_id": [2, 0, 1, 1]} if one_map else {}
+    data = batch(channels=1 if one_map else 3, **given)
+    encoding = EstimateEncoding(net, dict)
+    items = [{"image": data["image"][i], **{key: value[i] for key, value in given.items()}} for i in range(4)]
+    with torch.no_grad():
+        net.latent_mean.zero_()
+    estimates = torch.cat([encoding.encode(list_data_collate([encoding.inputs(item)])) for item in items])
+    assert estimates.shape == (4, 1, 2, 4, 3, 2)
+    assert type(estimates) is torch.Tensor
+    net.latent_mean.copy_(MEAN)
+    stored = {key: value for key, value in data.items() if key != "image"} | {"condition_latent": estimates[:, 0]}
+    prepare = NoddiBatch(scheduler(), net, seed=0)
+    (features, target, _, named), (plain, expected, _, more) = prepare(stored, CPU), prepare(data, CPU)
+    assert features is None
+    assert torch.equal(target, expected)
+    assert torch.equal(net(features, **named), net(plain, **more))
+    assert torch.equal(named["condition"], net.condition(plain, more.get("map_ids")))
+
+
+def test_estimates_depend_on_the_encoder_and_every_file_of_the_features():
+    encoding = EstimateEncoding(model(), dict)
+    item = {key: f"a.{key}" for key in ("dwi", "bval", "bvec", "mask", "ndi")} | {"patch": [0, 1, 2], "subject": "a"}
+    assert set(encoding.source(item)) == {"dwi", "bval", "bvec", "mask", "patch"}
+    assert set(encoding.path_keys) == {"dwi", "bval", "bvec", "mask"}

@@ -382,3 +382,27 @@ def test_mistyped_option_ends_the_command_with_its_name(monkeypatch):
     line = str(root_cause(caught.value))
     assert line.startswith("--num_sample: expected an id of the configuration")
     assert "did you mean --num_samples?" in line
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# speed
+# ----------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [({"images_per_batch": 5}, 2e-4), ({"amp": True}, 0.05), ({"channels_last": True}, 2e-3)],
+    ids=["batch", "bfloat16", "channels-last"],
+)
+def test_switches_for_speed_keep_the_masks(options, share, segmented, phantoms, models, tmp_path):
+    folder = segment(models, phantoms, tmp_path, **options)
+    paths = found(folder, "_mask.png")
+    assert [path.name for path in paths] == [path.name for path in found(segmented, "_mask.png")]
+    pairs = [(pixels(path), pixels(segmented / path.relative_to(folder))) for path in paths]
+    assert all(0 < (one > 0).mean() < 1 for one, _ in pairs), "the comparison would be blind"
+    assert np.mean([np.mean(one != other) for one, other in pairs]) <= share
+
+
+def test_compilation_reaches_the_unet(phantoms, models, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(type(self).__name__))
+    segment(models, phantoms, tmp_path, compile=True)
+    assert compiled == ["FiLMUNet"]

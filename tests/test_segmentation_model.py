@@ -11,7 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from shared.networks.segmentation import ConditionMode, SegmentationModel, probabilities, start_from_pretrained
+from shared.networks.segmentation import (
+    ConditionMode,
+    SegmentationModel,
+    probabilities,
+    recompute_activations,
+    start_from_pretrained,
+)
 from shared.networks.vision_encoder import VisionEncoder
 from shared.schedulers import DDIMScheduler
 from tests.tiny_networks import (
@@ -482,3 +488,35 @@ class TestStart:
             ValueError, match=rf"^{tmp_path}/autoencoder.pt: expected the weights of this configuration"
         ):
             start_from_pretrained(segmentation_model(), tmp_path / "autoencoder.pt")
+
+
+class TestRecomputedActivations:
+    def gradients(self, enabled: bool | None, **options: Any) -> tuple[dict[str, torch.Tensor | None], list[int]]:
+        """Gradients by name, and how often the parts ran: a stage of the U-Net, a block of the vision encoder."""
+        model = segmentation_model(dropout=0.3, **options).train()
+        if enabled is not None:
+            assert recompute_activations(model, enabled) is model
+        calls = [0, 0]
+        for index, part in enumerate((model.unet.down[0].resblock, model.vision_encoder.encoder.blocks[1].norm1)):
+            part.register_forward_pre_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
+        noisy, timesteps = noisy_inputs()
+        torch.manual_seed(0)  # of the dropout
+        with torch.enable_grad():
+            model(pictures(2), noisy, timesteps).square().mean().backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}, calls
+
+    def test_gradients_are_equal(self):
+        plain, once = self.gradients(None)
+        twice_computed, twice = self.gradients(True)
+        undone, again = self.gradients(False)
+        assert (once, twice, again) == ([1, 1], [2, 2], [1, 1])
+        for name, gradient in plain.items():
+            for other in (twice_computed[name], undone[name]):
+                if gradient is None:
+                    assert other is None
+                else:
+                    torch.testing.assert_close(other, gradient, atol=1e-6, rtol=1e-5)
+
+    def test_a_frozen_encoder_keeps_nothing_anyway(self):
+        _, calls = self.gradients(True, train_vision_encoder=False)
+        assert calls == [2, 1]

@@ -14,6 +14,9 @@ from shared.inferers import sample_latents, seeded_noise
 from shared.networks.segmentation import SegmentationModel, probabilities
 from shared.schedulers import diffusion_timesteps
 from shared.segmentation_sampler import SegmentationSampler, agreement
+from shared.transforms.segmentation_images import LoadPictured
+from shared.weights import load_weights
+from tests.sdseg_runs import SDSEG
 from tests.tiny_networks import (
     IMAGE_SIZE,
     LATENT_SHAPE,
@@ -22,6 +25,7 @@ from tests.tiny_networks import (
     segmentation_model,
     segmentation_scheduler,
 )
+from tools.phantoms.sdseg import make_dataset
 
 
 def sampler(**options: Any) -> SegmentationSampler:
@@ -450,3 +454,45 @@ class TestErrors:
         image[1, 0, 3, 4] = float("nan")
         with pytest.raises(ValueError, match=r"^amp: expected finite latents, got NaN or infinity for seeds \[8\]"):
             sampler()(image, model, seeds=[7, 8])
+
+
+class TestMixedPrecision:
+    """On any device: MONAI's engines know autocast on GPUs alone."""
+
+    def decoded_as(self, model: SegmentationModel) -> list[torch.dtype]:
+        seen: list[torch.dtype] = []
+        last: nn.Module = model.autoencoder.decoder.blocks[-1]
+        last.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+        return seen
+
+    def test_the_switch_reaches_the_decoder(self, model):
+        seen = self.decoded_as(model)
+        image = pictures(2)
+        exact, half = sampler()(image, model), sampler(amp=True)(image, model)
+        assert seen == [torch.float32, torch.bfloat16]
+        assert half.dtype == torch.float32
+        assert not torch.equal(exact, half)
+
+    def test_so_does_an_autocast_outside(self, model):
+        seen = self.decoded_as(model)
+        with torch.autocast("cpu", dtype=torch.float16):
+            sampler()(pictures(1), model)
+        assert seen == [torch.float16]
+
+    def test_masks_of_the_shipped_weights_stay(self, tmp_path):
+        """The tolerance that the sampler states: 0.07 % of the pixels change, next to none by the decoder."""
+        with SDSEG.loaded("inference", "tiny", device="$torch.device('cpu')") as workflow:
+            network = workflow.parser.get_parsed_content("network_def").eval()
+        load_weights(network, SDSEG.folder / "models/tiny/model.pt")
+        make_dataset(str(tmp_path), num_images=18, size=(96, 96), seed=1)
+        paths = sorted((tmp_path / "images").iterdir())[:8]
+        image = torch.stack([LoadPictured("image")({"image": str(path)})["image"].as_tensor() for path in paths])
+        exact, half = (sampler(amp=amp)(image, network)[:, 0] > 0.5 for amp in (False, True))
+        assert 0.02 < exact.float().mean() < 0.5, "the comparison would be blind"
+        assert (exact != half).float().mean() < 2e-3
+        overlap = 2 * (exact & half).sum() / (exact.sum() + half.sum())
+        assert overlap > 0.99
+
+    def test_another_value_is_named(self):
+        with pytest.raises(ValueError, match=r"^amp: expected true or false, got 'yes'"):
+            sampler(amp="yes")

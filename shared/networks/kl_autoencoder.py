@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from monai.networks.blocks import Convolution
+from monai.networks.blocks import Convolution, UpSample
 from monai.networks.nets.autoencoderkl import AEKLResBlock, AutoencoderKL, Decoder, Encoder
 from monai.utils import ensure_tuple_rep
 from torch import nn
 from torch.nn import functional as F
+
+from shared.networks.upsampling_convolution import UpsampledConvolution
 
 
 class SiLUGroupNorm(nn.GroupNorm):
@@ -173,6 +175,10 @@ class KLAutoencoder(AutoencoderKL):
             use_flash_attention=use_flash_attention,
         )
         add_silu_before_last_conv(decoder.blocks)
+        if spatial_dims == 2:
+            for index, block in enumerate(decoder.blocks):
+                if isinstance(block, UpSample):
+                    decoder.blocks[index] = UpsampledConvolution(block)
         self.decoder = decoder
         self.quant_conv_mu = _pointwise(spatial_dims, 2 * latent_channels, latent_channels)
         self.quant_conv_log_sigma = _pointwise(spatial_dims, 2 * latent_channels, latent_channels)

@@ -16,6 +16,7 @@ from typing_extensions import Self
 
 from shared.diffusion import PredictionType
 from shared.inferers import seeded_noise
+from shared.networks.activation_checkpointing import checkpoint_activations
 from shared.networks.latent_diffusion import LatentDiffusionModel
 from shared.networks.vision_encoder import VisionEncoder
 from shared.weights import load_weights
@@ -204,6 +205,23 @@ def probabilities(scores: torch.Tensor) -> torch.Tensor:
     Both as published. The softmax of scores that end at -1 and 1 is flat: with 9 classes no value exceeds 0.49.
     """
     return (scores + 1.0) / 2.0 if scores.shape[1] == 1 else scores.softmax(dim=1)
+
+
+def recompute_activations(network: SegmentationModel, enabled: bool = True) -> SegmentationModel:
+    """Train in less memory: keep what enters the stages of the U-Net and the blocks of the vision encoder, and compute
+    what lies inside a second time, in place. Gradients are equal.
+
+    Args:
+        network: with a ``shared.networks.film_unet.FiLMUNet``.
+        enabled: false undoes it.
+
+    Returns:
+        The network.
+    """
+    network.unet.use_checkpoint = enabled  # type: ignore[assignment]
+    if network.train_vision_encoder:
+        checkpoint_activations(network.vision_encoder, enabled)
+    return network
 
 
 def start_from_pretrained(

@@ -30,7 +30,7 @@ from shared.transforms.label_answers import answer_with_file, is_monai_label_req
 # Millimetres that two programs may put the same voxel apart by rounding.
 _TOLERANCE = 1e-2
 # Settings that decide nothing where nothing is drawn.
-_OF_DRAWN = ("seed", "num_samples", "num_inference_steps")
+_OF_DRAWN = ("seed", "num_samples", "num_inference_steps", "scheduler")
 
 
 class SaveNoddiMapsd(MapTransform):
@@ -70,7 +70,7 @@ class SaveNoddiMapsd(MapTransform):
         brain_key: brain `(1, 2X, 2Y, 2Z)` on the grid of the maps, in which a request gets the means.
         weights_path: file whose SHA-256 is stated; `None` states null.
         settings: stated in the JSON: seed, num_inference_steps, num_samples, deterministic, ... Of a deterministic
-            result the first three are null: nothing was drawn.
+            result what belongs to drawing is null.
 
     Raises:
         ValueError: maps of another shape or grid than the doubled one, features without their metadata, values

@@ -95,7 +95,7 @@ def film_loading(setting: Setting) -> Workload:
         return f"mean latents of {len(unmoved)} films that were not moved at random equal within {worst:.0e}"
 
     return Workload(
-        name="chest: loading a film in training",
+        name="loading a film in training",
         sizes=(
             f"{count} films of {size[0]} x {size[1]}, 8 bit, without their texts, in one process. The published "
             "program moves every tenth film a little; a cache of latents cannot"

@@ -59,7 +59,7 @@ def pairwise_diversity(setting: Setting) -> Workload:
         return f"MS-SSIM of {len(timed)} pairs equal within {worst:.0e}"
 
     return Workload(
-        name=f"chest: pairwise diversity of {count} images",
+        name=f"pairwise diversity of {count} images",
         sizes=(
             f"images of {size[0]} x {size[1]}; the published loop compares each pair twice: {len(timed)} of its "
             f"{len(pairs)} pairs were timed, with images in memory that it read from files in every turn"
@@ -94,7 +94,7 @@ def frechet(setting: Setting) -> Workload:
         return f"distances equal within {difference:.0e} (relative)"
 
     return Workload(
-        name="chest: Fréchet distance",
+        name="Fréchet distance",
         sizes=f"two sets of {count} images with {features} features",
         ways={
             "matrix root": lambda: frechet_distance(a, b),

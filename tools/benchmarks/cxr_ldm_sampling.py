@@ -38,7 +38,7 @@ def guided_sampling(setting: Setting) -> Workload:
     single = list(ways)[:2]
     height, width = parts.latent_shape[1:]
     return Workload(
-        name=f"chest: guided sampling of {count} images",
+        name=f"guided sampling of {count} images",
         sizes=(
             f"latents {height} x {width}, U-Net channels {parts.parser['unet_def#channels']}, {parts.weights}; "
             f"guidance scale {parts.guidance:g}; published: {published_steps} steps of DDIM on a doubled batch, one "

@@ -30,7 +30,7 @@ def training_step(setting: Setting) -> Workload:
     if setting.device.type == "cpu":
         ways[f"{BUNDLE} in {HALF}"] = stage.bundle(half=True)
     return Workload(
-        name="chest: training step of stage 2",
+        name="training step of stage 2",
         sizes=f"{stage.sizes}; the bundle's step also averages the weights, which the published one does not",
         ways={**ways, BUNDLE: stage.bundle()},
         equal=partial(equally_trained, half=setting.device.type == "cuda"),
@@ -60,7 +60,7 @@ def training_memory(setting: Setting) -> Workload:
         return build(once=True)()
 
     return Workload(
-        name="chest: peak memory of a training step of stage 2",
+        name="peak memory of a training step of stage 2",
         sizes=stage.sizes,
         ways={name: partial(built_and_run, build) for name, build in ways.items()},
         equal=partial(equally_trained, half=setting.device.type == "cuda"),

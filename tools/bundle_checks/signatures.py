@@ -19,7 +19,7 @@ FORWARDED = {
     # Settings that are stated beside a result.
     "transforms.mask_saving.SaveSegmentationd": {"seed", "num_inference_steps"},
     "transforms.noddi_saving.SaveNoddiMapsd": {
-        *("seed", "num_samples", "num_inference_steps", "deterministic", "start"),
+        *("seed", "num_samples", "num_inference_steps", "scheduler", "deterministic", "start"),
     },
 }
 _locator = ComponentLocator()
