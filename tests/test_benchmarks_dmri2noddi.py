@@ -93,7 +93,7 @@ def test_last_way_of_sampling_is_that_of_the_configuration(monkeypatch):
 
     def changed(*args: Any, **options: Any) -> Any:
         parser = plain(*args, **options)
-        parser["scheduler"], parser["num_inference_steps"] = "dpm", 70
+        parser["scheduler"], parser["num_inference_steps"] = "dpm", 7
         return parser
 
     monkeypatch.setattr(dmri2noddi_sampling, "noddi_config", changed)
