@@ -20,9 +20,10 @@ from tools.benchmarks import cxr_ldm, published_chest
 from tools.benchmarks.bundle_config import bundle_config, options_of
 from tools.benchmarks.cxr_ldm_sampling import _Sampling
 from tools.benchmarks.cxr_ldm_stage2 import Stage2, Trained
-from tools.benchmarks.cxr_ldm_training import equally_trained
+from tools.benchmarks.cxr_ldm_training import HALF_LIMITS
 from tools.benchmarks.published_networks import published_network, some_in_core_order, spread_zeros
 from tools.benchmarks.temporary import temporary_folder
+from tools.benchmarks.trained import equally_trained
 from tools.benchmarks.workload import Builder, Kind, Setting, Size
 
 TINY = Setting(size=Size.TINY)
@@ -185,9 +186,9 @@ def test_checkpointing_and_half_precision_change_what_they_say(stage):
     torch.testing.assert_close(checkpointed.gradients, plain.gradients, rtol=1e-4, atol=1e-6)
     assert not torch.allclose(half.gradients, plain.gradients, rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="^ours: expected losses within 0.0001 of published, got"):
-        equally_trained({"published": plain, "ours": half})
-    sentence = equally_trained({"published": plain, "ours in bfloat16": half})
-    assert sentence.startswith("in half precision losses within ")
+        equally_trained({"published": plain, "ours": half}, half_limits=HALF_LIMITS)
+    sentence = equally_trained({"published": plain, "ours in bfloat16": half}, half_limits=HALF_LIMITS)
+    assert sentence.startswith("in bfloat16 losses within ")
 
 
 @pytest.mark.parametrize(("kind", "options"), [(AutoencoderKL, AUTOENCODER), (DiffusionModelUNet, UNET)])

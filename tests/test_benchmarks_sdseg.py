@@ -14,7 +14,8 @@ from tools.benchmarks.sdseg import WORKLOADS
 from tools.benchmarks.sdseg_diffusers import diffusers_unet, in_our_names
 from tools.benchmarks.sdseg_programs import Inference, with_default_attention, with_default_upsampling
 from tools.benchmarks.sdseg_sampling import dice, masks_equal
-from tools.benchmarks.sdseg_training import BASELINE, Stage, Trained, equally_trained
+from tools.benchmarks.sdseg_training import BASELINE, HALF_LIMITS, Stage
+from tools.benchmarks.trained import Trained, equally_trained
 from tools.benchmarks.workload import Kind, Setting, Size
 
 TINY = Setting(size=Size.TINY)
@@ -129,7 +130,9 @@ class TestTraining:
     def test_other_weights_are_told_apart(self):
         result = Trained(torch.ones(2), torch.ones(6), torch.ones(6))
         with pytest.raises(ValueError, match=r"^sdseg: expected updates within 0.05 of published"):
-            equally_trained({BASELINE: result, "sdseg": result._replace(updates=1.1 * torch.ones(6))})
+            equally_trained(
+                {BASELINE: result, "sdseg": result._replace(updates=1.1 * torch.ones(6))}, half_limits=HALF_LIMITS
+            )
 
     @torch.no_grad()
     def test_diffusers_has_the_same_network(self):

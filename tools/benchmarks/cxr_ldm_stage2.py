@@ -7,7 +7,7 @@ The bundle's program is built from ``bundles/cxr_ldm/configs/train.json``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from tools.benchmarks.bundle_config import bundle_config, options_of
 from tools.benchmarks.published_chest import LEARNING_RATE, SCALE_FACTOR, training_steps
 from tools.benchmarks.published_networks import published_network, some_in_core_order, spread_zeros
 from tools.benchmarks.temporary import temporary_folder
+from tools.benchmarks.trained import Trained
 from tools.benchmarks.workload import Setting
 
 SENTENCES = (
@@ -33,23 +34,7 @@ SENTENCES = (
     "Cardiomegaly with mild pulmonary oedema.",
     "Small left apical pneumothorax.",
 )
-
-
-class Trained(NamedTuple):
-    """What a run of training steps gives, in the order of MONAI core's U-Net.
-
-    Attributes:
-        losses: by step.
-        gradients: of the last step, one vector of about 256 numbers of each weight: all would be part of the peak
-            memory that is measured.
-        updates: by how much all steps have changed the same numbers of the weights.
-    """
-
-    losses: torch.Tensor
-    gradients: torch.Tensor
-    updates: torch.Tensor
-
-
+# Gradients and updates are those of about 256 numbers of each weight: all would be part of the measured peak memory.
 Program = Callable[[], Trained]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from ignite.engine import Events
@@ -18,23 +18,14 @@ from tools.benchmarks.sdseg_diffusers import diffusers_unet, in_our_names
 from tools.benchmarks.sdseg_programs import REDUCED, model_changes, phantoms, save_model, with_default_attention
 from tools.benchmarks.sdseg_published import LEARNING_RATE, PublishedAverage, training_steps
 from tools.benchmarks.temporary import temporary_folder
-from tools.benchmarks.workload import Setting, Workload, relative_difference
+from tools.benchmarks.trained import HALF, Trained, equally_trained
+from tools.benchmarks.workload import Setting, Workload
 
-HALF = "bfloat16"
 BASELINE = "published loop, MONAI's default attention"
 
 
-class Trained(NamedTuple):
-    """What a run of training steps gives: losses by step, gradients of the last step, changes of all weights."""
-
-    losses: torch.Tensor
-    gradients: torch.Tensor
-    updates: torch.Tensor
-
-
-# Relative. The gradient of an absolute error is a sign, which rounding turns where the error is small; and Adam divides
-# small gradients by their own size, so that rounding shows in updates most.
-LIMITS = {False: (1e-4, 2e-3, 0.05), True: (2e-2, 0.3, 0.8)}
+# The gradient of an absolute error is a sign, which rounding turns where the error is small.
+HALF_LIMITS = (2e-2, 0.3, 0.8)
 Program = Callable[[], Trained]
 
 
@@ -181,7 +172,7 @@ def training_step(setting: Setting) -> Workload:
         name="training step",
         sizes=f"{stage.sizes}; the published loop averages the weights of the U-Net alone",
         ways={**ways, "sdseg": stage.bundle()},
-        equal=partial(equally_trained, half=setting.device.type == "cuda"),
+        equal=partial(equally_trained, half_limits=HALF_LIMITS, half=setting.device.type == "cuda"),
         target=1.5,
     )
 
@@ -206,33 +197,10 @@ def training_memory(setting: Setting) -> Workload:
         name="peak memory of a training step",
         sizes=stage.sizes,
         ways={name: partial(built_and_run, build) for name, build in builders.items()},
-        equal=partial(equally_trained, half=setting.device.type == "cuda"),
+        equal=partial(equally_trained, half_limits=HALF_LIMITS, half=setting.device.type == "cuda"),
         target=1 / 0.6,
         measured="memory",
     )
-
-
-def equally_trained(results: Mapping[str, Trained], *, half: bool = False) -> str:
-    """How much losses, gradients and updates differ from the baseline's; with ``half`` all ways may be in bfloat16.
-
-    Raises:
-        ValueError: for a larger difference than a way's arithmetic explains; the message starts with its name.
-    """
-    names = list(results)
-    worst: dict[bool, list[float]] = {}
-    for name in names[1:]:
-        in_half = half or HALF in name
-        differences = [relative_difference(a, b) for a, b in zip(results[name], results[names[0]], strict=True)]
-        for what, difference, limit in zip(Trained._fields, differences, LIMITS[in_half], strict=True):
-            if not difference <= limit:
-                raise ValueError(f"{name}: expected {what} within {limit:g} of {names[0]}, got {difference:.2g}.")
-        worst[in_half] = [max(pair) for pair in zip(differences, worst.get(in_half, differences), strict=True)]
-    sentences = [
-        f"in {HALF if in_half else 'float32'} "
-        + ", ".join(f"{what} within {value:.0e}" for what, value in zip(Trained._fields, values, strict=True))
-        for in_half, values in sorted(worst.items())
-    ]
-    return f"{'; '.join(sentences)} (relative)"
 
 
 def _copies(module: nn.Module) -> dict[str, torch.Tensor]:
