@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any
 
 import pytest
 import torch
 
+from tests.conftest import ROOT
 from tools.benchmarks.markdown import bytes_text, markdown, performance_table, ratio_cell, ratio_text, seconds_text
 from tools.benchmarks.measuring import Measurement, Spread, Way
 from tools.benchmarks.report import BEGIN, END, Results, describe_run, load, processor, row_of, write_table
@@ -196,3 +198,13 @@ def test_update_replaces_the_same_work_in_place(tmp_path):
         ("train", "16 images", "half width"),
     ]
     assert [content["runs"][r["run"]]["date"] for r in content["rows"]] == ["2026-02-03", "2026-01-02", "2026-02-03"]
+
+
+def test_readme_shows_the_latest_measurements(tmp_path):
+    latest = max((ROOT / "docs/measurements").glob("*_benchmark.json"))
+    readme = tmp_path / "README.md"
+    shutil.copy(ROOT / "README.md", readme)
+    (tmp_path / "docs/measurements").mkdir(parents=True)
+    shutil.copy(latest, tmp_path / "docs/measurements")
+    write_table(readme, tmp_path / "docs/measurements" / latest.name)
+    assert readme.read_text() == (ROOT / "README.md").read_text()
