@@ -51,7 +51,8 @@ def test_all_kinds_are_there():
 def test_targets_are_those_agreed():
     found = {builder.__name__: builder(TINY).target for _, builder in BUILDERS if builder.__name__ != "patch_loading"}
     assert {name: target for name, target in found.items() if target} == {
-        **{"training_step": 1.5, "denoising": 5.0, "nearest_codes": 10.0, "training_memory": pytest.approx(5 / 3)}
+        **{"training_step": 1.5, "patch_sampling": 5.0, "denoising": 5.0, "nearest_codes": 10.0},
+        "training_memory": pytest.approx(5 / 3),
     }
 
 
