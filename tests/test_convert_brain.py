@@ -33,8 +33,10 @@ def configuration(*files: str) -> ConfigParser:
 
 
 def options_of(parser: ConfigParser, name: str) -> dict[str, Any]:
-    """The arguments of a network of the bundle, as numbers."""
-    options = {key: value for key, value in parser[f"{name}_def"].items() if not key.startswith("_")}
+    """The arguments of a network of the bundle, as numbers; without attention of a kind that the old package has from
+    xformers alone, and which has no weights."""
+    left_out = ("_", "use_flash_attention")
+    options = {key: value for key, value in parser[f"{name}_def"].items() if not key.startswith(left_out)}
     if name == "controlnet":
         options["conditioning_embedding_in_channels"] = len(parser["condition_keys"])
     return options

@@ -41,7 +41,7 @@ def model() -> torch.nn.Module:
 def estimate(item: dict, model: torch.nn.Module, **options) -> torch.Tensor:
     parser = ConfigParser()
     parser.read_config([CONFIGS / "inference.json", CONFIGS / "tiny.json"])
-    options = {"scheduler": parser.get_parsed_content("noise_scheduler"), "patch_size": PATCH, **options}
+    options = {"scheduler": parser.get_parsed_content("noise_schedulers#ddim"), "patch_size": PATCH, **options}
     features = load_features(item, RotationInvariantFeatures())
     return NoddiSampler(**options)(torch.as_tensor(features)[None], model)[0].as_subclass(torch.Tensor)
 
