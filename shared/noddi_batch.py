@@ -64,8 +64,8 @@ class EstimateEncoding(Encoding):
     """Features to what the low-resolution encoder says of the latent: the condition before normalisation, since mean
     and standard deviation of latents are measured later, when the training starts.
 
-    The encoder is frozen where the U-Net is trained, and costs several times as much: with ``LatentDataset`` it runs
-    once for each patch.
+    The encoder is frozen where the U-Net is trained, and a call of it costs as much as one of the U-Net: with
+    ``LatentDataset`` it runs once for each patch.
 
     Args:
         model: ``shared.networks.noddi.NoddiModel``.
