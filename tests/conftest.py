@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import socket
 from pathlib import Path
@@ -17,6 +18,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 
 import torch
+
+from tests.reliability import as_json, tallies
 
 ROOT = Path(__file__).resolve().parent.parent
 HANDBOOK = ROOT.parent / "shared"
@@ -54,3 +57,32 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+# The figures of the reliability tests (tests/reliability.py)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--reliability", metavar="FILE", help="write the figures of the reliability tests to a JSON file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "reliability(row): belongs to this row of tests/reliability.py")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("reliability"):
+        item.user_properties.append(("reliability", marker.args[0]))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    reports = [
+        report for kind in ("passed", "failed", "skipped", "error") for report in terminalreporter.getreports(kind)
+    ]
+    rows = tallies(reports)
+    if rows:
+        terminalreporter.section("reliability")
+        for row in rows:
+            terminalreporter.line(str(row))
+    if path := config.getoption("--reliability"):
+        Path(path).write_text(json.dumps(as_json(rows), indent=2) + "\n")
