@@ -19,8 +19,11 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Processes that share the tests; each takes one core and up to 3 GB.
+TEST_PROCESSES ?= 2
+
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES)
 
 # The environment of MONAI Label, which wants older packages (docs/monai_label.md).
 LABEL_PYTHON ?= $(PYTHON)

@@ -68,6 +68,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "reliability(row): belongs to this row of tests/reliability.py")
+    config.addinivalue_line("markers", "soak: slow; runs only where asked for with -m soak, as `make soak` does")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave slow tests out unless an expression of markers names them."""
+    if "soak" in config.option.markexpr:
+        return
+    slow = [item for item in items if item.get_closest_marker("soak")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("soak")]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
