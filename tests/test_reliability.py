@@ -4,6 +4,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from tests.conftest import pytest_collection_modifyitems
 from tests.reliability import ROWS, tallies
 
 
@@ -32,3 +35,20 @@ def test_cases_are_counted_once_with_their_worst_outcome():
 
 def test_rows_are_those_of_the_design():
     assert list(ROWS) == list(range(1, 16))
+
+
+@pytest.mark.parametrize(
+    ("expression", "left"), [("", ["quick"]), ("reliability", ["quick"]), ("soak", ["slow", "quick"])]
+)
+def test_slow_tests_run_only_where_asked_for(expression, left):
+    # pytest itself applies the expression afterwards.
+    gone: list[Any] = []
+    hook = SimpleNamespace(pytest_deselected=lambda items: gone.extend(items))
+    config: Any = SimpleNamespace(option=SimpleNamespace(markexpr=expression), hook=hook)
+    items: list[Any] = [
+        SimpleNamespace(name="slow", get_closest_marker=lambda name: name == "soak"),
+        SimpleNamespace(name="quick", get_closest_marker=lambda name: None),
+    ]
+    pytest_collection_modifyitems(config, items)
+    assert [item.name for item in items] == left
+    assert [item.name for item in gone] == [name for name in ("slow", "quick") if name not in left]
