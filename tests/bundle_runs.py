@@ -16,6 +16,7 @@ import pytest
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 
+from tests import commands
 from tests.bundle_tools import read
 from tests.conftest import ROOT
 
@@ -81,6 +82,13 @@ class BundleRuns:
         with self.small(stage, dataset_dir, overrides) as workflow:
             workflow.run()
         return workflow
+
+    def command(self, *names: str, limit: float = 240, **overrides: Any) -> commands.Finished:
+        """The documented command in the bundle's folder, a process of its own, with the options of the small runs."""
+        files = "[" + ",".join(f"'configs/{name}.json'" for name in (*names, "tiny")) + "]"
+        options = [f"--{key}={value}" for key, value in {**self.stages[names[0]], **overrides}.items()]
+        run = ("run", "training") if names[0].startswith("train") and len(names) == 1 else ("run",)
+        return commands.run("monai.bundle", *run, "--config_file", files, *options, cwd=self.folder, limit=limit)
 
     def train_and_crash(self, stage: str, dataset_dir: Path, crash_at: int | None, /, **overrides: Any) -> list[int]:
         """Run a training until an iteration, and return the iterations that were done."""

@@ -6,10 +6,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -487,13 +484,9 @@ def test_options_of_sampling_change_the_volume(translated, raw_flair, trained, t
 
 def test_command_line_as_documented(raw_flair, translated, trained, tmp_path):
     present = sorted(BRAIN.folder.rglob("*"))
-    options = {**STAGES["inference"], "ckpt_dir": trained / "models", "output_dir": tmp_path, "dataset_dir": raw_flair}
-    files = "['configs/inference.json','configs/tiny.json']"
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", files]
-    command += [f"--{key}={value}" for key, value in options.items()]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=BRAIN.folder, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
+    options = {"ckpt_dir": trained / "models", "output_dir": tmp_path, "dataset_dir": raw_flair}
+    done = BRAIN.command("inference", **options)
+    assert done.code == 0, done.err[-2000:]
     name = "sub-02_T1w.nii.gz"
     assert (tmp_path / name).read_bytes() == (translated / name).read_bytes()
     assert sorted(BRAIN.folder.rglob("*")) == present, "the run wrote outside of the test's folder"

@@ -7,8 +7,6 @@ import csv
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,14 +20,12 @@ from torch.nn.functional import pad
 from shared.datalist import load_datalist
 from shared.inferers import seeded_noise
 from shared.transforms.diffusion_mri import load_features
-from tests.conftest import ROOT
 from tests.dmri_runs import (
     BASELINE,
     DIRECTIONS,
     DMRI,
     HR_SHAPE,
     MAPS,
-    STAGES,
     copy_stages,
     make_phantoms,
     network,
@@ -321,13 +317,8 @@ def directions(count: int = DIRECTIONS) -> dict[str, Any]:
 
 def test_command_line_as_documented(head, models, tmp_path):
     present = sorted(DMRI.folder.rglob("*"))
-    options = {**STAGES["inference"], "ckpt_dir": models, "output_dir": tmp_path / "out", "dataset_dir": head["dwi"]}
-    files = "['configs/inference.json','configs/tiny.json']"
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", files]
-    command += [f"--{key}={value}" for key, value in options.items()]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=DMRI.folder, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = DMRI.command("inference", ckpt_dir=models, output_dir=tmp_path / "out", dataset_dir=head["dwi"])
+    assert done.code == 0, done.err[-2000:]
     assert maps_in(tmp_path / "out").shape == (3, *HR_SHAPE)
     assert sorted(DMRI.folder.rglob("*")) == present, "the run wrote outside of the test's folder"
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
+from tests import commands
 from tests.bundle_tools import read, strings, undefined_references
 from tests.conftest import ROOT, digest
 from tests.exports import TASKS, exported, zipped
@@ -231,14 +232,9 @@ def test_failed_export_leaves_the_earlier_one(tmp_path, monkeypatch):
     ],
 )
 def test_wrong_commands(tmp_path, words, message):
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.export_bundle", *words, "--out", str(tmp_path / "out")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert re.match(message, done.stderr), done.stderr
+    done = commands.run("tools.export_bundle", *words, "--out", tmp_path / "out")
+    assert done.code == 1
+    assert re.match(message, done.err), done.err
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 

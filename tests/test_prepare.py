@@ -6,10 +6,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import subprocess
-import sys
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +16,7 @@ from shared.data_check import check_dataset
 from shared.datalist import find_leaks, load_datalist, read_datalist
 from shared.label_sentences import CHEXPERT_LABELS
 from shared.transforms.images import read_radiograph
+from tests import commands
 from tests.test_images import ramp, write_dicom
 from tools.prepare.image_text_folder import image_text_folder
 from tools.prepare.mimic_cxr import mimic_cxr
@@ -288,10 +286,8 @@ def test_folder_with_a_table(tmp_path):
 
 def test_command_line(tmp_path):
     source = mimic_tree(tmp_path / "mimic", patients=3)
-    command = [sys.executable, "-W", "ignore", "-m", "tools.prepare", "mimic_cxr", "--out", str(tmp_path / "set")]
     options = ["--size", "16", "--views", "PA,AP", "--fractions", "0.4,0.3,0.3"]
-    root = Path(__file__).parents[1]
-    done = subprocess.run([*command, "--source", str(source), *options], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "6 images" in done.stdout
+    done = commands.run("tools.prepare", "mimic_cxr", "--out", tmp_path / "set", "--source", source, *options)
+    assert done.code == 0, done.err
+    assert "6 images" in done.out
     assert len(all_items(tmp_path / "set")) == 6

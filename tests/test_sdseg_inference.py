@@ -4,10 +4,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +17,7 @@ from PIL import Image
 
 from shared.datalist import load_datalist
 from shared.errors import root_cause
-from tests.conftest import ROOT
-from tests.sdseg_runs import AUTOENCODER, BASELINE, NATIVE, SDSEG, SIZE, STAGES, UNET, rewritten, save_network
+from tests.sdseg_runs import AUTOENCODER, BASELINE, NATIVE, SDSEG, SIZE, UNET, rewritten, save_network
 from tools.phantoms.sdseg import make_dataset
 from tools.phantoms.sdseg_abdomen import make_patient
 
@@ -209,13 +205,9 @@ def test_volume_of_two_slices_and_its_orientation(raw_volume, models, tmp_path):
 
 def test_command_line_as_documented(raw_volume, models, tmp_path):
     present = sorted(SDSEG.folder.rglob("*"))
-    options = {**STAGES["inference"], "ckpt_dir": models, "output_dir": tmp_path / "out", "dataset_dir": raw_volume}
-    files = "['configs/inference.json','configs/tiny.json']"
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", files]
-    command += [f"--{key}={value}" for key, value in options.items()] + ["--window", "[-175,250]"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=SDSEG.folder, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
+    options = {"ckpt_dir": models, "output_dir": tmp_path / "out", "dataset_dir": raw_volume, "window": "[-175,250]"}
+    done = SDSEG.command("inference", **options)
+    assert done.code == 0, done.err[-2000:]
     expected = segment(models, raw_volume, tmp_path / "expected", window=[-175, 250])
     name = "patient_mask.nii.gz"
     assert np.array_equal(voxels(tmp_path / "out" / name), voxels(expected / name))
