@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint label clean
+.PHONY: demo test lint soak mutations label clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,12 +18,23 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tools.bundle_checks.expressions bundles/*/configs/*.json
 
 # Processes that share the tests; each takes one core and up to 3 GB.
 TEST_PROCESSES ?= 2
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES)
+
+# Slow reliability tests: kills, full disks, damaged files. Prints "N tried, N survived" and writes the figures.
+SOAK_MINUTES ?= 30
+
+soak: $(VENV)/installed
+	$(BIN)/python -m tests.soak --minutes $(SOAK_MINUTES) --out docs/measurements/reliability.md
+
+# Deliberate faults, each of which a named test must notice.
+mutations: $(VENV)/installed
+	$(BIN)/python -m tests.mutations --out docs/measurements/mutations.md
 
 # The environment of MONAI Label, which wants older packages (docs/monai_label.md).
 LABEL_PYTHON ?= $(PYTHON)

@@ -338,7 +338,7 @@ CONSEQUENCES = {
     "required files": {"README: commands", "combinations", "code"},
     "references": {"paths and addresses", "combinations", "ids"},
     "metadata: entries": {"metadata: schema"},
-    "packages": set(),
+    "packages": {"expressions"},
     "JSON format": {"text"},
     "ids": {"references", "combinations"},
     "text": {"README: sections"},

@@ -18,6 +18,7 @@ from monai.bundle.properties import InferProperties, TrainProperties
 from tools.bundle_checks.bundle import MANIFEST, Bundle, is_inference, is_training
 from tools.bundle_checks.expressions import IMPORTS, expression_faults
 from tools.bundle_checks.reading import components, strings, undefined_references
+from tools.bundle_checks.targets import target_faults
 
 TRAINING_IDS = (
     *("bundle_root", "device", "dataset_dir", "network_def", "val_interval", "initialize", "run", "training"),
@@ -106,7 +107,7 @@ def reference_faults(bundle: Bundle) -> list[str]:
     for name, config in bundle.workflows.items():
         if name in bundle.standalone:
             faults += [f"{name}.json: {fault}" for fault in undefined_references(config)]
-        for where, text in strings(config):
+        for where, text in strings(config, descriptions=True):
             if text.startswith("%") and re.search(r"\.(?:json|ya?ml)", text):
                 faults.append(f"{name}.json: {where}: {text}: a macro of a file is looked up in the working directory")
             elif is_inference(name) and ("_meta_" in text and text.startswith(("@", "$", "%"))):
@@ -129,10 +130,10 @@ def place_faults(bundle: Bundle) -> list[str]:
 
 
 def expression_and_consumer_faults(bundle: Bundle) -> list[str]:
-    """Expressions outside the allow-list, and what MONAI Label cannot run."""
+    """Expressions and targets outside the allow-lists, and what MONAI Label cannot run."""
     faults = []
-    for name, config in bundle.workflows.items():
-        faults += [f"{name}.json: {fault}" for fault in expression_faults(config)]
+    for name, config in {**bundle.workflows, "metadata": bundle.metadata}.items():
+        faults += [f"{name}.json: {fault}" for fault in [*expression_faults(config), *target_faults(config)]]
     for where, text in strings(bundle.workflows.get("inference", {})):
         if "@device." in text:
             faults.append(f"inference.json: {where}: {text}: in MONAI Label the device is a string")

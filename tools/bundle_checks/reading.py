@@ -49,13 +49,13 @@ def _entries(config: Any) -> Iterator[tuple[str, Any]]:
         yield from ((str(index), value) for index, value in enumerate(config))
 
 
-def strings(config: Any, where: str = "") -> Iterator[tuple[str, str]]:
-    """Every string of a configuration with its id; descriptions are no code and left out."""
+def strings(config: Any, where: str = "", *, descriptions: bool = False) -> Iterator[tuple[str, str]]:
+    """Every string of a configuration with its id; descriptions, which are for people, only if asked for."""
     if isinstance(config, str):
         yield where, config
     for key, value in _entries(config):
-        if key != "_desc_":
-            yield from strings(value, f"{where}#{key}" if where else key)
+        if descriptions or key != "_desc_":
+            yield from strings(value, f"{where}#{key}" if where else key, descriptions=descriptions)
 
 
 def components(config: Any, where: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:

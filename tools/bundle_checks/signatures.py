@@ -47,6 +47,10 @@ def signature_faults(config: Any) -> list[str]:
         if not callable(found):
             faults.append(f"{where}: {target} does not exist")
             continue
+        home, package = str(getattr(found, "__module__", "")).split(".")[0], (candidates or target).split(".")[0]
+        if home != package:
+            faults.append(f"{where}: {target} belongs to {home}, expected something of {package}")
+            continue
         arguments = {key: None for key in component if not key.startswith("_")}
         problem = _binding_problem(found, arguments, partial=component.get("_mode_", "default") != "default")
         if problem:
