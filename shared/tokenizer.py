@@ -8,6 +8,7 @@ import html
 import json
 import logging
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -148,7 +149,7 @@ def read_merges(vocabulary: str | os.PathLike) -> list[tuple[str, str]]:
             f"{vocabulary}: expected tokenizer.json, or vocab.json with merges.txt, but {error.filename} is missing. "
             f"{remedy}"
         ) from error
-    except (ValueError, KeyError, TypeError, EOFError, OSError) as error:
+    except (ValueError, KeyError, TypeError, EOFError, OSError, zlib.error) as error:
         raise ValueError(
             f"{path}: not a readable CLIP vocabulary ({type(error).__name__}: {error}). {remedy}"
         ) from error

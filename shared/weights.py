@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
-import pickle
+import json
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from shared.files import sha256_of_file
 
 Adapt = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 
@@ -26,20 +29,13 @@ def load_weights(network: nn.Module, path: str | Path, remedy: str = "", *, adap
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when the file is damaged, holds pickled objects, or belongs to another configuration; the message
-            names the file and the first key that does not fit.
+        ValueError: when the file is damaged (see `read_tensors`), holds pickled objects, or belongs to another
+            configuration; the message names the file and the first key that does not fit.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected trained weights, found no file. {remedy}".rstrip())
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{path}: expected a state dict of plain tensors, but the file does not load ({reason}); it is damaged or "
-            "made by another program: fetch it again or convert it with `python -m tools.convert_checkpoint`."
-        ) from error
+    content = read_tensors(path)
     state = content["model"] if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping) else content
     if adapt is not None and _is_state(state):
         state = adapt(state)
@@ -51,6 +47,71 @@ def load_weights(network: nn.Module, path: str | Path, remedy: str = "", *, adap
         )
     network.load_state_dict(state, strict=True)
     return network
+
+
+def read_tensors(path: str | Path) -> Any:
+    """What ``torch.save`` wrote, on the CPU: tensors, numbers, texts and containers of them, bit for bit.
+
+    ``torch.load`` does not compare the checksums of the file that it reads, so that a flipped bit becomes another
+    weight. Here the file is compared with the ``sha256`` that its description states (``model.json`` beside
+    ``model.pt``), or where there is none each of its entries with the checksum (CRC-32) that torch has stored.
+
+    Raises:
+        ValueError: when the file is damaged, not the described one, or holds other objects; the message starts with
+            the path of the file, or of a description that cannot be read.
+    """
+    path = Path(path)
+    if not _is_as_described(path):
+        _compare_checksums(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise _not_loadable(path, error) from error
+
+
+def _is_as_described(path: Path) -> bool:
+    """False where nothing is stated about the file."""
+    described = path.with_suffix(".json")
+    if not described.is_file():
+        return False
+    try:
+        description = json.loads(described.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{described}: expected the description of {path.name} as JSON, got a file that cannot be read ({error}); "
+            "fetch both files again, or delete this one."
+        ) from error
+    expected = description.get("sha256") if isinstance(description, Mapping) else None
+    if expected is None:
+        return False
+    if (found := sha256_of_file(path)) != expected:
+        raise ValueError(
+            f"{path}: expected the file with sha256 {expected} that {described.name} describes, got sha256 {found} "
+            f"({path.stat().st_size} bytes); it is damaged or was replaced: fetch both files again, or delete "
+            f"{described.name} if the weights were replaced on purpose."
+        )
+    return True
+
+
+def _compare_checksums(path: Path) -> None:
+    # The form before PyTorch 1.6 is no zip file and has none.
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of the entry {broken}")
+    except Exception as error:  # a damaged directory can fail in any way
+        raise _not_loadable(path, error) from error
+
+
+def _not_loadable(path: Path, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return ValueError(
+        f"{path}: expected a state dict of plain tensors, but the file does not load ({reason}); it is damaged or "
+        "made by another program: fetch it again or convert it with `python -m tools.convert_checkpoint`."
+    )
 
 
 def _is_state(state: Any) -> bool:

@@ -13,7 +13,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from shared.files import save_json, save_tensors, sha256_of_file
+from shared.files import atomic_path, remove_incomplete, save_json, sha256_of_file
 from shared.provenance import software_versions
 
 logger = logging.getLogger(__name__)
@@ -82,13 +82,18 @@ class SaveBest:
             raise ValueError(
                 f"{self.path}: expected finite weights, got NaN or infinity in {broken[0]}; nothing was written."
             )
-        save_tensors(state, self.path)
-        description = {
-            "sha256": sha256_of_file(self.path),
-            "epoch": epoch,
-            "metric": {self.metric: value},
-            "settings": self.settings,
-            "software": software_versions(),
-        }
-        save_json(description, self.path.with_suffix(".json"))
+        described = self.path.with_suffix(".json")
+        remove_incomplete(self.path.parent)
+        with atomic_path(self.path, needed=sum(tensor.nbytes for tensor in state.values())) as temporary:
+            torch.save(state, temporary)
+            description = {
+                "sha256": sha256_of_file(temporary),
+                "epoch": epoch,
+                "metric": {self.metric: value},
+                "settings": self.settings,
+                "software": software_versions(),
+            }
+            # Whenever the process is killed, no weights lie beside the description of others, which would be refused.
+            described.unlink(missing_ok=True)
+        save_json(description, described)
         logger.info("%s: saved, %s %.6g in epoch %d", self.path, self.metric, value, epoch)

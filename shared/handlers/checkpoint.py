@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from ignite.engine import Engine, Events
 from shared.distributed import from_main_process, unwrapped
 from shared.files import remove_incomplete, save_tensors
 from shared.handlers.given_weights import GivenWeights
+from shared.weights import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -123,11 +123,11 @@ class ResumableCheckpoint:
                 raise FileNotFoundError(
                     f"{chosen}: expected a checkpoint named by --resume, found no file; give its path, auto or never."
                 )
-            return torch.load(chosen, map_location="cpu", weights_only=True), chosen
+            return read_tensors(chosen), chosen
         for candidate in reversed(checkpoints_in(self.save_dir)):
             try:
-                return torch.load(candidate, map_location="cpu", weights_only=True), candidate
-            except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+                return read_tensors(candidate), candidate
+            except (ValueError, OSError) as error:
                 logger.warning("%s: does not load (%s); trying the one before", candidate, error)
         return None, None
 
