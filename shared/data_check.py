@@ -14,15 +14,19 @@ import nibabel
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from shared.datalist import FILE_NAME, PATH_KEYS, find_leaks, read_datalist, read_description
+from shared.datalist import FILE_NAME, PATH_KEYS, SINGLE_KEYS, as_paths, find_leaks, read_datalist, read_description
 from shared.dmri_check import diffusion_problems
 from shared.files import sha256_of_file
 from shared.mask_check import MaskCounts, stated_classes
-from shared.pair_checks import check_same_grid
+from shared.nifti_files import check_length, verified
+from shared.pair_checks import check_same_grid, check_voxel_size
 from shared.transforms.pixels import read_pixels
+from shared.transforms.segmentation_images import check_suffix
+from shared.transforms.text import check_text, read_report
+from shared.transforms.volumes import unreadable
 
 _VOLUMES = (".nii", ".nii.gz")
-_PICTURES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".tif", ".tiff", ".bmp")
+_TEXTS = ("report", "bval", "bvec")
 _LABELS = ("label", "mask")  # may be constant: no tumour, whole image
 _SAME_GRID = {"image": ("label",), "t1w": ("flair", "t2w", "pdw", "mask")}  # first key: reference
 
@@ -58,11 +62,11 @@ def read_volume(path: str | os.PathLike, *, constant_ok: bool = False) -> tuple[
     """
     try:
         image: Any = nibabel.load(path)
-        values = np.asanyarray(image.dataobj)
+        check_length(path, image.dataobj)
+        with verified(path, image.dataobj) as proxy:
+            values = np.asanyarray(proxy)
     except Exception as error:  # gzip, zlib, nibabel and struct each raise their own kind
-        raise ValueError(
-            f"{path}: expected a readable NIfTI file, but got ({type(error).__name__}: {error}); copy it anew"
-        ) from error
+        raise unreadable(path, error, kind="NIfTI file") from error
     if 0 in values.shape:
         raise ValueError(f"{path}: expected voxels, but got the shape {values.shape}; export it anew")
     if values.dtype.kind not in "buif":
@@ -75,6 +79,10 @@ def read_volume(path: str | os.PathLike, *, constant_ok: bool = False) -> tuple[
     affine = np.asarray(image.affine, dtype=float)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise ValueError(f"{path}: expected a finite, invertible affine, but got {affine.tolist()}; export it anew")
+    try:
+        check_voxel_size(affine)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; repair the header or export the file anew") from error
     return values, image
 
 
@@ -123,16 +131,19 @@ def _kind(path: Path, shape: Sequence[int]) -> str:
 
 
 def _check_text(where: str, item: Mapping[str, Any], folder: Path) -> Iterator[str]:
-    text = item.get("text")
-    if text is not None and (not isinstance(text, str) or not text.strip()):
-        yield f"{where}: expected words under 'text', but got {'an empty one' if text == '' else repr(text)[:40]}"
-    report = item.get("report")
-    if isinstance(report, str) and (folder / report).is_file():
-        try:
-            if not (folder / report).read_text(encoding="utf-8").strip():
-                yield f"{folder / report}: expected a report, but the file is empty; remove the item"
-        except UnicodeDecodeError as error:
-            yield f"{folder / report}: expected text in UTF-8, but {error.reason} at byte {error.start}; convert it"
+    text, report = item.get("text"), item.get("report")
+    try:
+        if text is not None:
+            check_text(text, key="text", where=where)
+        if isinstance(report, str) and _size(folder / report) > 0:
+            read_report(folder / report)
+    except ValueError as error:
+        yield str(error)
+
+
+def _size(file: Path) -> int:
+    """Bytes of a file; 0 where there is none. Unlike pathlib's, this question has an answer for any name."""
+    return os.path.getsize(file) if os.path.isfile(file) else 0
 
 
 def _paths(item: Mapping[str, Any], key: str) -> list[str]:
@@ -153,26 +164,28 @@ class _Checker:
 
     def check_file(self, where: str, section: str, key: str, written: str) -> tuple[int, ...] | None:
         """Check one file; its shape where it is an image that could be read."""
-        file = self.folder / written
+        file = Path(os.path.normpath(self.folder / written))  # as it is loaded
         if file in self.seen:
             if (digest := self.seen[file]) is not None:
                 self.hashes.setdefault(digest, {}).setdefault(section, str(file))
             return None
         self.seen[file] = None
         self.result.files += 1
-        if not file.is_file():
+        if not os.path.isfile(file):
             hint = "; the path is absolute, write it relative to the folder" if os.path.isabs(written) else ""
             self.result.problems.append(f"{file}: expected this file ({key!r} of {where}), but it does not exist{hint}")
             return None
         if file.stat().st_size == 0:
             self.result.problems.append(f"{file}: expected content, but the file is empty; copy it anew")
             return None
-        if not self.images or not file.name.lower().endswith(_VOLUMES + _PICTURES):
+        if not self.images or key in _TEXTS:
             return None
         try:
             if key == "label" and self.masks is not None:
                 shape = self.masks.add(file, section)
             else:
+                if self.masks is not None and key == "image":
+                    check_suffix(str(file))
                 shape = check_image(file, constant_ok=key in _LABELS, colour=self.masks is not None)
         except (ValueError, OSError) as error:
             self.result.problems.append(str(error))
@@ -188,7 +201,7 @@ class _Checker:
 
     def check_item(self, where: str, section: str, item: Mapping[str, Any], common: Sequence[str]) -> None:
         """Check one item: its keys, its text, its files, and that its grids agree."""
-        missing = [key for key in common if item.get(key) in (None, "", [])]
+        missing = [keys for keys in common if all(item.get(key) in (None, "", []) for key in keys.split(" or "))]
         if missing:
             self.result.problems.append(f"{where}: expected the keys {', '.join(missing)}, which most items have")
         if not any(key in item for key in PATH_KEYS):
@@ -196,6 +209,12 @@ class _Checker:
         self.result.problems.extend(_check_text(where, item, self.folder))
         grids: dict[str, list[tuple[Path, tuple[int, ...]]]] = {}
         for key in PATH_KEYS:
+            if item.get(key) not in (None, "", []) and as_paths(item[key], key) is None:
+                wanted = "a path" if key in SINGLE_KEYS else "a path or a list of paths"
+                self.result.problems.append(
+                    f"{where}: expected {wanted} under {key!r}, but got {type(item[key]).__name__}"
+                )
+                continue
             for written in _paths(item, key):
                 shape = self.check_file(where, section, key, written)
                 if shape is not None:
@@ -274,7 +293,7 @@ def check_dataset(dataset_dir: str | os.PathLike, *, images: bool = True) -> Dat
     usage = Counter(key for item in items for key in item)
     common = [key for key in ("subject", *PATH_KEYS, "text") if usage[key] > len(items) / 2]
     if usage["text"] and usage["report"]:  # either will do
-        common = [key for key in common if key not in ("text", "report")]
+        common = [*(key for key in common if key not in ("text", "report")), "text or report"]
     for section, part in sections.items():
         checker.result.items[section] = len(part)
         if not part:

@@ -16,6 +16,7 @@ from scipy import ndimage
 
 from shared.gradient_files import gradients_beside
 from shared.gradients import GradientTable, read_gradients
+from shared.nifti_files import verified
 from shared.transforms.volumes import VOLUME_SUFFIXES, VolumeFile, grey_file, open_header, unreadable
 
 _FOREGROUND = 0.1  # of the 99th percentile of b0: below tissue (about 0.3 of CSF), above the noise of air
@@ -44,10 +45,11 @@ class Series:
         """(X, Y, Z, N) float32 in RAS order: a view on the voxels as they lie in the file, never a second copy."""
         proxy = self.file.proxy
         try:
-            with np.errstate(over="ignore"):  # too large for float32: infinite, found where features look at it
+            # too large for float32: infinite, found where features look at it
+            with np.errstate(over="ignore"), verified(self.file.path, proxy) as checked:
                 # nibabel would scale in float64: twice the memory, 0.9 GB for a series of HCP size
                 scaled = (proxy.slope, proxy.inter) != (1, 0)
-                values = (np.array if scaled else np.asarray)(proxy.get_unscaled(), dtype=np.float32)
+                values = (np.array if scaled else np.asarray)(checked.get_unscaled(), dtype=np.float32)
                 if scaled:
                     values *= np.float32(proxy.slope)
                     values += np.float32(proxy.inter)

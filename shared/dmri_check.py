@@ -12,8 +12,10 @@ import nibabel
 import numpy as np
 
 from shared.gradients import read_gradients
-from shared.pair_checks import check_same_grid
+from shared.nifti_files import verified
+from shared.pair_checks import check_same_grid, orientation_of
 from shared.resolution import doubled_affine
+from shared.transforms.volumes import unreadable
 
 MAPS = ("ndi", "odi", "fwf")
 RANGE_TOLERANCE = 1e-3  # beyond [0, 1]: rounding of a fit or of a file
@@ -26,11 +28,10 @@ def read_mask(path: str | os.PathLike) -> np.ndarray:
         ValueError: unreadable, or not 3-D. The message starts with the path.
     """
     try:
-        values = np.asarray(nibabel.load(path).dataobj, np.float32)  # type: ignore[attr-defined]
+        with verified(path, nibabel.load(path).dataobj) as proxy:  # type: ignore[attr-defined]
+            values = np.asarray(proxy, np.float32)
     except Exception as error:  # gzip, zlib and nibabel each raise their own kind
-        raise ValueError(
-            f"{path}: expected a NIfTI file, but got ({type(error).__name__}: {error}); copy it anew"
-        ) from error
+        raise unreadable(path, error, kind="NIfTI file") from error
     if values.ndim < 3 or any(size != 1 for size in values.shape[3:]):
         raise ValueError(f"{path}: expected a 3-D mask, but got the shape {values.shape}; extract one volume (fslroi)")
     values = np.nan_to_num(values.reshape(values.shape[:3]))
@@ -110,6 +111,7 @@ def _header(file: Path) -> _Header | None:
         return None
     try:
         image: Any = nibabel.load(file)
+        orientation_of(image.affine)
         return tuple(image.shape), np.asarray(image.affine, float)
     except Exception:  # whatever keeps it from opening is reported where the whole file is read
         return None
@@ -141,10 +143,12 @@ def _volume_problems(files: Mapping[str, Path], headers: Mapping[str, _Header], 
             continue
         try:
             values = np.asarray(nibabel.load(files[key]).dataobj, np.float32).reshape(high[0])  # type: ignore[attr-defined]
+        except Exception:  # reported where the whole file is read
+            continue
+        try:
             check_fractions(files[key], values, np.ones(high[0], bool) if inside is None else inside)
         except ValueError as error:
-            if str(error).startswith(str(files[key])):
-                yield str(error)
+            yield str(error)
 
 
 def _grid_problem(file: Path, header: _Header, wanted: _Header, name: str) -> str | None:

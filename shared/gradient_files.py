@@ -11,7 +11,7 @@ from typing import Any
 
 import nibabel
 
-from shared.transforms.volumes import VOLUME_SUFFIXES
+from shared.transforms.volumes import VOLUME_SUFFIXES, unreadable
 
 # What a DWI's own gradients end in (dcm2niix, BIDS), and names that go with the one DWI of their folder (HCP, FSL).
 _ENDINGS = {"bval": (".bval", ".bvals"), "bvec": (".bvec", ".bvecs")}
@@ -94,10 +94,7 @@ def shape_of(file: Path) -> tuple[int, ...]:
         image: Any = nibabel.load(file)
         return tuple(int(n) for n in image.shape)
     except Exception as error:  # gzip, struct and nibabel each raise their own kind
-        raise ValueError(
-            f"{file}: expected a readable NIfTI file, but got ({type(error).__name__}: {error}); copy it anew or "
-            "remove it"
-        ) from error
+        raise unreadable(file, error, kind="NIfTI file") from error
 
 
 def num_volumes(shape: Sequence[int]) -> int:

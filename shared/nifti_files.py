@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import nibabel
@@ -19,12 +22,53 @@ _GEOMETRY = (
     "pixdim", "xyzt_units", "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
     "sform_code", "srow_x", "srow_y", "srow_z",
 )  # fmt: skip
+_DEFLATE_RATIO = 1032  # gzip makes nothing smaller than by this factor
 _ALIGNED = 2  # NIfTI code of a world whose origin is anywhere
 
 
 def space_of(image: Any) -> int:
     """NIfTI code of the world that an image's affine leads to: of its sform, else of its qform; 0: none is known."""
     return int(image.header["sform_code"]) or int(image.header["qform_code"])
+
+
+def check_length(path: str | os.PathLike, proxy: Any) -> None:
+    """Refuse a file that cannot hold the voxels that its header announces, before memory is asked for them.
+
+    Args:
+        path: of the file.
+        proxy: nibabel's array proxy of it.
+
+    Raises:
+        ValueError: negative sizes, or more bytes than the file has or could unpack to. Does not name the file.
+    """
+    if min(proxy.shape, default=0) < 0:
+        raise ValueError(f"the header announces the shape {tuple(proxy.shape)}")
+    announced, size = math.prod(map(int, proxy.shape)) * proxy.dtype.itemsize, os.path.getsize(path)
+    compressed = os.fspath(path).lower().endswith(".gz")
+    if announced > (_DEFLATE_RATIO * size if compressed else max(size - proxy.offset, 0)):
+        raise ValueError(f"the header announces {announced} bytes of voxels, but the file has {size} bytes")
+
+
+@contextlib.contextmanager
+def verified(path: str | os.PathLike, proxy: Any) -> Iterator[Any]:
+    """What to read the voxels of a file from: a compressed one is read to its end, where its checksum stands.
+
+    nibabel stops at the last voxel, so that a file with damaged bytes gives other voxels without a word.
+
+    Args:
+        path: of the file.
+        proxy: nibabel's array proxy of it.
+
+    Raises:
+        OSError, EOFError, zlib.error: on leaving, a compressed file is damaged or cut.
+    """
+    if not os.fspath(path).lower().endswith(".gz"):
+        yield proxy
+        return
+    with gzip.open(path) as stream:
+        yield type(proxy)(stream, (proxy.shape, proxy.dtype, proxy.offset, proxy.slope, proxy.inter))
+        while stream.read(1 << 20):
+            pass
 
 
 def grid_image(

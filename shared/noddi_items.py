@@ -72,11 +72,6 @@ def name_of(path: str | os.PathLike) -> str:
 
 def _from_datalist(folder: Path, item: dict[str, Any]) -> dict[str, Any]:
     dwi = item["dwi"]
-    if not isinstance(dwi, str):
-        raise ValueError(
-            f"{folder / FILE_NAME}: expected one 4-D file under 'dwi', but got a list of {len(dwi)}; merge them "
-            "(fslmerge -t, mrcat) with their gradients"
-        )
     given = [key for key in ("bval", "bvec") if item.get(key)]
     if len(given) == 1:
         raise ValueError(

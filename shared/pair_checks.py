@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import nibabel
 import numpy as np
 
+_VOXEL_MM = (0.01, 100.0)
+
 
 def orientation_of(affine: np.ndarray) -> str:
     """Directions in which the three voxel axes point, such as `RAS` (Right, Anterior, Superior) or `LPS`.
@@ -27,6 +29,24 @@ def orientation_of(affine: np.ndarray) -> str:
     if affine.shape != (4, 4) or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise ValueError(f"affine: expected a finite, invertible (4, 4) matrix, but got {affine.tolist()}")
     return "".join(str(code) for code in nibabel.aff2axcodes(affine))
+
+
+def check_voxel_size(affine: np.ndarray) -> None:
+    """Refuse an affine that cannot be one of a patient's image in mm: programs differ in whether they heed the units.
+
+    Args:
+        affine: (4, 4) voxel indices to world.
+
+    Raises:
+        ValueError: what `orientation_of` refuses, or a side of a voxel outside of 0.01 to 100.
+    """
+    orientation_of(affine)
+    sides = np.linalg.norm(np.asarray(affine, dtype=float)[:3, :3], axis=0)
+    if sides.min() < _VOXEL_MM[0] or sides.max() > _VOXEL_MM[1]:
+        raise ValueError(
+            f"affine: expected voxels of {_VOXEL_MM[0]:g} to {_VOXEL_MM[1]:g} mm, but got {_numbers(sides)}; is it in "
+            "another unit (metres, micrometres)?"
+        )
 
 
 def grid_distance(shape: Sequence[int], first: np.ndarray, second: np.ndarray) -> float:

@@ -11,8 +11,7 @@ from typing import Any
 
 from shared.datalist import FILE_NAME, load_datalist, read_description
 from shared.transforms.masks import classes_of_slices
-from shared.transforms.pixels import is_dicom
-from shared.transforms.segmentation_images import SUFFIXES, as_path
+from shared.transforms.segmentation_images import SUFFIXES, as_path, check_suffix
 from shared.transforms.upright import is_nifti, open_upright
 from shared.volume_items import made_by_a_model
 
@@ -129,8 +128,7 @@ def inference_items(source: str | os.PathLike, *, section: str = "test") -> list
             items.append({"image": _path(item, "image", number), **kept})
         return named_items(items, os.path.abspath(path))
     if path.is_file():
-        if not path.name.lower().endswith(SUFFIXES) and not is_dicom(path):
-            raise ValueError(f"{path}: expected a file {', '.join(SUFFIXES)}; convert it (dcm2niix for a DICOM series)")
+        check_suffix(str(path))
         return named_items([{"image": os.path.abspath(path)}], os.path.abspath(path.parent))
     return named_items([{"image": os.path.abspath(file)} for file in _find(path)], os.path.abspath(path))
 
@@ -239,9 +237,10 @@ def named_items(data: Sequence[Mapping[str, Any]], folder: str) -> list[dict[str
 def _check_unique(names: list[str], folder: str) -> None:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
+        datalist = os.path.join(folder, FILE_NAME)
         raise ValueError(
-            f"{folder}: expected each image once, but {twice[0]!r} occurs several times; remove the repeated item or "
-            "rename the file"
+            f"{datalist if os.path.isfile(datalist) else folder}: expected each image once, but {twice[0]!r} occurs "
+            "several times; remove the repeated item or rename the file"
         )
 
 

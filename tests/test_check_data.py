@@ -83,7 +83,7 @@ def test_texts_and_keys(tmp_path):
     del sections["test"][2]["subject"]
     found = problems(tmp_path, sections)
     name = tmp_path / "datalist.json"
-    assert any(p.startswith(f"{name}: training[0]: expected words under 'text'") for p in found)
+    assert any(p.startswith(f"{name}: training[0]: the text under 'text' is empty") for p in found)
     assert any(p.startswith(f"{name}: training[1]: expected the keys text") for p in found)
     assert any(p.startswith(f"{name}: test[2]: expected the keys subject") for p in found)
     assert len(found) == 3
@@ -97,8 +97,8 @@ def test_reports(tmp_path):
         (tmp_path / item["report"]).write_bytes(content)
     found = problems(tmp_path, sections)
     assert len(found) == 2
-    assert found[0].startswith(f"{tmp_path / 'training_1.txt'}: expected a report, but the file is empty")
-    assert found[1].startswith(f"{tmp_path / 'training_2.txt'}: expected text in UTF-8")
+    assert found[0].startswith(f"{tmp_path / 'training_1.txt'}: the report is empty")
+    assert found[1].startswith(f"{tmp_path / 'training_2.txt'}: expected UTF-8 text, got the byte 0xe9 at offset 0")
 
 
 def test_leaks_of_subjects_and_of_images(tmp_path):

@@ -141,7 +141,7 @@ def test_data_list_keeps_order_maps_mask_and_subject(tmp_path):
     ("item", "message"),
     [
         ({"dwi": "a.nii.gz", "bval": "a.bval"}, "expected both 'bval' and 'bvec'.*'bval' alone"),
-        ({"dwi": ["a.nii.gz", "a.nii.gz"]}, "expected one 4-D file under 'dwi', but got a list of 2"),
+        ({"dwi": ["a.nii.gz", "a.nii.gz"]}, r"test\[0\]: expected a path under 'dwi', but got \['a"),
         ({"mask": "a.nii.gz"}, "expected 'dwi'"),
     ],
 )

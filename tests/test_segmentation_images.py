@@ -139,6 +139,7 @@ def test_dicom_with_a_palette(tmp_path):
     np.testing.assert_allclose(load(path).numpy(), expected, atol=1e-4)
 
 
+@pytest.mark.reliability(12)
 def test_no_header_value_survives(tmp_path):
     assert "Planted" not in str(load(write_dicom(tmp_path / "a.dcm", ramp(top=4095))).meta)
 

@@ -213,7 +213,7 @@ def test_names_are_unique(tmp_path):
     touch(tmp_path / "x", "a/b.png", "a_b.png", "c/b.png")
     assert len({item["name"] for item in inference_items(tmp_path / "x")}) == 3
     write_datalist(tmp_path, {"test": [{"image": "2.nii.gz"}] * 2})
-    with pytest.raises(ValueError, match=f"^{tmp_path}: expected each image once, but '2_nii_gz' occurs several"):
+    with pytest.raises(ValueError, match=f"^{tmp_path}/datalist.json: expected each image once, but '2_nii_gz'"):
         inference_items(tmp_path)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -72,6 +73,7 @@ def test_nifti_keeps_axes_values_and_affine(tmp_path, name, affine):
         np.testing.assert_array_equal(np.asarray(image.meta[key]), np.asarray(meta[key]), err_msg=key)
 
 
+@pytest.mark.reliability(12)
 def test_metadata_hold_nothing_of_the_header_that_could_name_the_patient(tmp_path):
     image = nibabel.Nifti1Image(voxels().astype(np.int16), LPS)
     image.header["descrip"] = b"Planted Name"
@@ -215,9 +217,9 @@ def test_missing_key_may_be_allowed():
 
 
 def test_header_alone_is_read_on_opening(tmp_path):
-    path = tmp_path / "a.nii"
+    path = tmp_path / "a.nii.gz"
     write(path)
-    path.write_bytes(path.read_bytes()[:352])
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:352]))
     file = open_volume(path)
     assert file.shape == (7, 9, 5)
     np.testing.assert_allclose(file.affine, LPS)

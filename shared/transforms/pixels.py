@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import os
 import struct
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,17 +70,32 @@ def decoding(path: str | os.PathLike) -> Iterator[None]:
         remedy = "copy it anew or remove it from the data list"
         if isinstance(error, RuntimeError | NotImplementedError | AttributeError) and is_dicom(file):
             remedy += "; a compressed DICOM may need: pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
-        raise ValueError(
-            f"{file}: expected a readable image, but decoding failed ({type(error).__name__}: {error}); {remedy}"
-        ) from error
+        # pydicom lists the plugins that it misses, one a line
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{file}: expected a readable image, but decoding failed ({cause}); {remedy}") from error
+
+
+@contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """A picture file whose header is read. A header that states more than 89 million pixels, of which Pillow warns,
+    is an error: no film has them, and a small file that claims them would fill the memory."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as picture:
+            yield picture
 
 
 def open_picture(path: str | os.PathLike) -> Image.Image:
-    """Decode the only frame of a picture file and turn it as its EXIF tag says; `decoding` names the file."""
-    with Image.open(path) as picture:
+    """Decode the only frame of a picture file and turn it as its EXIF tag says; `decoding` names the file.
+
+    The checksums of a PNG file are compared. JPEG, TIFF and BMP have none: a changed byte in their pixels stays unseen.
+    """
+    with _opened(path) as picture:
         frames = getattr(picture, "n_frames", 1)
         if frames != 1:
             raise UnfitError(f"one 2-D image, but got {frames} frames")
+        picture.verify()  # leaves nothing to load; loading itself does not look at the checksums of pixels
+    with _opened(path) as picture:
         picture.load()
         return ImageOps.exif_transpose(picture)
 
@@ -211,7 +227,7 @@ def picture_size(path: str | os.PathLike) -> tuple[int, int]:
 
             dataset = pydicom.dcmread(path, specific_tags=["Rows", "Columns"], stop_before_pixels=True)
             return int(dataset.Rows), int(dataset.Columns)
-        with Image.open(path) as picture:
+        with _opened(path) as picture:
             width, height = picture.size
             # Pillow's own method decodes a PNG file in search of tags behind the pixels.
             whole = picture.format == "PNG" and _ends_with_pixels(path)

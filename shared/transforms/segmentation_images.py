@@ -90,8 +90,7 @@ class LoadPictured(MapTransform):
             low, high = window or scaling_of(values, name=path)
             image = np.repeat(scale_intensity(values, low, high)[None], 3, axis=0)
             return as_meta_tensor(image, path, source.affine, original_affine=source.file.affine)
-        if not path.lower().endswith(SUFFIXES) and not (os.path.isfile(path) and is_dicom(path)):
-            raise ValueError(f"{path}: expected a file {', '.join(SUFFIXES)}; convert it (dcm2niix for a DICOM series)")
+        check_suffix(path)
         image = read_pixels(path, colour=True, window=window).transpose(2, 0, 1)
         return as_meta_tensor(image, path, np.eye(4))
 
@@ -142,6 +141,12 @@ def as_meta_tensor(
     }
     tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
     return MetaTensor(tensor, affine=torch.from_numpy(np.array(affine)), meta=meta)
+
+
+def check_suffix(path: str) -> None:
+    """A ValueError that starts with the path of a file that is neither DICOM nor named as one of `SUFFIXES`."""
+    if not path.lower().endswith(SUFFIXES) and not (os.path.isfile(path) and is_dicom(path)):
+        raise ValueError(f"{path}: expected a file {', '.join(SUFFIXES)}; convert it (dcm2niix for a DICOM series)")
 
 
 def as_path(value: Any, *, key: Hashable) -> str:

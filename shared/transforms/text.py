@@ -56,6 +56,29 @@ def read_report(path: str | os.PathLike, *, allow_empty: bool = False) -> str:
     return text
 
 
+def check_text(text: Any, *, key: Hashable, where: str, allow_empty: bool = False) -> str:
+    """The text that an item holds under a key; a ValueError that starts with ``where`` and never quotes the text.
+
+    Refused: another type, a text without a letter (unless ``allow_empty``), and half of a surrogate pair, which is no
+    Unicode text although JSON lets it through.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: expected a string under {key!r}, got {type(text).__name__}; correct datalist.json")
+    if not text.strip() and not allow_empty:
+        raise ValueError(
+            f"{where}: the text under {key!r} is empty; remove the item, or set allow_empty to train it without a "
+            "prompt"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: expected Unicode text under {key!r}, got half of a surrogate pair at character {error.start}; "
+            "correct datalist.json"
+        ) from error
+    return text
+
+
 class LoadReportd(MapTransform):
     """Put the report of an item into ``data[key]``.
 
@@ -86,16 +109,8 @@ class LoadReportd(MapTransform):
                         f"the item, got only {sorted(map(str, result))}; add one of them to datalist.json"
                     )
                 result[key] = read_report(result[self.report_key], allow_empty=self.allow_empty)
-            elif not isinstance(result[key], str):
-                raise ValueError(
-                    f"{_name(result)}: expected a string under {key!r}, got {type(result[key]).__name__}; "
-                    "correct datalist.json"
-                )
-            elif not result[key].strip() and not self.allow_empty:
-                raise ValueError(
-                    f"{_name(result)}: the text under {key!r} is empty; remove the item, or set allow_empty to train "
-                    "it without a prompt"
-                )
+            else:
+                check_text(result[key], key=key, where=_name(result), allow_empty=self.allow_empty)
         return result
 
 

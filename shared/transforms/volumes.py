@@ -19,8 +19,10 @@ from monai.utils import MetaKeys, SpaceKeys, convert_to_dst_type
 from PIL import Image
 
 from shared.intensity import is_scaled, robust_range, scale_intensity
-from shared.pair_checks import check_same_grid, orientation_of
+from shared.nifti_files import check_length, verified
+from shared.pair_checks import check_same_grid, check_voxel_size
 from shared.transforms.images import read_radiograph
+from shared.transforms.pixels import open_picture
 
 VOLUME_SUFFIXES = (".nii", ".nii.gz")
 PICTURE_SUFFIX = ".png"
@@ -103,8 +105,8 @@ def read_voxels(path: str, proxy: Any, index: Any) -> np.ndarray:
     """
     try:
         # float64 in between, as nibabel applies the slope: a slice then equals the same slice of the whole volume
-        with np.errstate(over="ignore"):  # too large for float32: named below
-            values = np.asarray(proxy[index]).astype(np.float32)
+        with np.errstate(over="ignore"), verified(path, proxy) as checked:  # too large for float32: named below
+            values = np.asarray(checked[index]).astype(np.float32)
     except Exception as error:  # gzip, zlib, struct, nibabel and numpy each raise their own kind
         raise unreadable(path, error) from error
     if not np.isfinite(values).all():
@@ -113,18 +115,16 @@ def read_voxels(path: str, proxy: Any, index: Any) -> np.ndarray:
     return values
 
 
-def unreadable(path: str, error: Exception) -> ValueError:
-    """What to raise for a file that its decoder refused; each raises its own kind of error."""
-    return ValueError(
-        f"{path}: expected a readable file, but got ({type(error).__name__}: {error}); copy it anew or remove it"
-    )
+def unreadable(path: str | os.PathLike, error: Exception, *, kind: str = "file") -> ValueError:
+    """What to raise, in one line, for a file that its decoder refused; each raises its own kind of error."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return ValueError(f"{path}: expected a readable {kind}, but got ({reason}); copy it anew or remove it")
 
 
 def _read_picture_labels(path: str) -> np.ndarray:
     """Levels of a picture as stored: labels are not brightness, so palettes and constants are fine."""
     try:
-        with Image.open(path) as picture:
-            values = np.asarray(picture)
+        values = np.asarray(open_picture(path))
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...
         raise unreadable(path, error) from error
     if values.ndim != 2:
@@ -176,6 +176,7 @@ def open_header(path: str) -> tuple[Any, tuple[int, ...]]:
         # Not every format has them.
         np.asarray(image.affine, dtype=np.float64)
         np.dtype(image.dataobj.dtype)
+        check_length(path, image.dataobj)
     except Exception as error:
         raise unreadable(path, error) from error
     return image, shape
@@ -191,7 +192,7 @@ def grey_file(path: str, image: Any, shape: Sequence[int]) -> VolumeFile:
     if kind.kind not in "iuf":
         raise ValueError(f"{path}: expected grey values, but got voxels of the type {kind}; convert the file")
     try:
-        orientation_of(affine)
+        check_voxel_size(affine)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; repair the header or export the file anew") from error
     return VolumeFile(path, (shape[0], shape[1], shape[2]), affine, image.dataobj)

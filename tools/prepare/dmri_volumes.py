@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from shared.dmri_check import check_fractions, read_mask
 from shared.files import atomic_path
 from shared.gradients import GradientTable
-from shared.nifti_files import space_of
+from shared.nifti_files import space_of, verified
 from shared.pair_checks import check_same_grid
 from tools.prepare.dmri_subjects import UnfitSubjectError
 
@@ -64,14 +65,24 @@ def check_grid(grid: Grid, wanted: Grid, *, reference: str) -> None:
         raise UnfitSubjectError("grids differ", str(error)) from error
 
 
-def _read_volume(image: Any, path: Path) -> np.ndarray:
+@contextlib.contextmanager
+def _to_its_end(path: Path, image: Any) -> Iterator[Any]:
+    """What to read volumes from, one after the other; a compressed file is unpacked once, and its checksum compared."""
     try:
-        return np.asarray(image.dataobj, np.float32)
+        with verified(path, image.dataobj) as proxy:
+            yield proxy
+    except UnfitSubjectError:
+        raise
     except Exception as error:
         raise UnfitSubjectError(
             "unreadable",
             f"{path}: expected a whole NIfTI file, but got ({type(error).__name__}: {error}); copy it anew",
         ) from error
+
+
+def _read_volume(image: Any, path: Path) -> np.ndarray:
+    with _to_its_end(path, image) as proxy:
+        return np.asarray(proxy, np.float32)
 
 
 def crop(values: np.ndarray, grid: Grid) -> np.ndarray:
@@ -149,28 +160,32 @@ def read_signal(image: Any, path: Path, count: int, reduce: Callable[[np.ndarray
         UnfitSubjectError: unreadable, NaN, or a volume of zeros only.
     """
     signal: np.ndarray | None = None
-    for index in range(count):
-        try:
-            volume = np.asarray(image.dataobj[..., index], np.float32)
-        except Exception as error:
-            raise UnfitSubjectError(
-                "unreadable",
-                f"{path}: expected {count} whole volumes, but volume {index} gives ({type(error).__name__}: "
-                f"{error}); copy it anew",
-            ) from error
-        if not np.isfinite(volume).all():
-            raise UnfitSubjectError(
-                "signal",
-                f"{path}: expected a finite signal, but volume {index} (counted from 0) has "
-                f"{int((~np.isfinite(volume)).sum())} NaN or infinite voxels; repair the preprocessing",
-            )
-        if not volume.any():
-            raise UnfitSubjectError("signal", f"{path}: expected a signal in each volume, but volume {index} (counted "
-                                    "from 0) is zero everywhere; copy it anew")  # fmt: skip
-        reduced = reduce(volume)
-        if signal is None:
-            signal = np.empty((*reduced.shape, count), np.float32, order="F")
-        signal[..., index] = reduced
+    with _to_its_end(path, image) as proxy:
+        for index in range(count):
+            try:
+                volume = np.asarray(proxy[..., index], np.float32)
+            except Exception as error:
+                raise UnfitSubjectError(
+                    "unreadable",
+                    f"{path}: expected {count} whole volumes, but volume {index} gives ({type(error).__name__}: "
+                    f"{error}); copy it anew",
+                ) from error
+            if not np.isfinite(volume).all():
+                raise UnfitSubjectError(
+                    "signal",
+                    f"{path}: expected a finite signal, but volume {index} (counted from 0) has "
+                    f"{int((~np.isfinite(volume)).sum())} NaN or infinite voxels; repair the preprocessing",
+                )
+            if not volume.any():
+                raise UnfitSubjectError(
+                    "signal",
+                    f"{path}: expected a signal in each volume, but volume {index} (counted from 0) is zero "
+                    "everywhere; copy it anew",
+                )
+            reduced = reduce(volume)
+            if signal is None:
+                signal = np.empty((*reduced.shape, count), np.float32, order="F")
+            signal[..., index] = reduced
     assert signal is not None
     return signal
 
