@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,13 +18,13 @@ from shared.files import save_json
 
 FILE_NAME = "datalist.json"
 SECTIONS = ("training", "validation", "test")
-PATH_KEYS = ("image", "label", "report", "t1w", "flair", "t2w", "pdw", "mask",
-             "dwi", "bval", "bvec", "ndi", "odi", "fwf")  # fmt: skip
+SINGLE_KEYS = ("dwi", "bval", "bvec", "ndi", "odi", "fwf")  # of the others, a list means channels
+PATH_KEYS = ("image", "label", "report", "t1w", "flair", "t2w", "pdw", "mask", *SINGLE_KEYS)
 
 
-def _as_paths(value: object) -> list[str] | None:
-    """A path or a list of paths as a list; None where the value is neither."""
-    values = value if isinstance(value, list) else [value]
+def as_paths(value: object, key: str) -> list[str] | None:
+    """A path, or a list of paths where the key may have one, as a list; None where the value is neither."""
+    values = value if isinstance(value, list) and key not in SINGLE_KEYS else [value]
     paths = [v for v in values if isinstance(v, str) and v]
     return paths if paths and len(paths) == len(values) else None
 
@@ -73,7 +74,7 @@ def _read_content(folder: Path) -> dict[str, Any]:
         )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of text that is not UTF-8, and of integers without end
         raise ValueError(f"{file}: expected JSON in UTF-8, but {error}; correct the file or write it anew") from error
     if not isinstance(content, dict) or not any(section in content for section in SECTIONS):
         raise ValueError(
@@ -164,11 +165,11 @@ def load_datalist(
         for key in PATH_KEYS:
             if key not in item:
                 continue
-            written = _as_paths(item[key])
+            written = as_paths(item[key], key)
             if written is None:
+                wanted, got = "a path" if key in SINGLE_KEYS else "a path or a list of paths", item[key]
                 raise ValueError(
-                    f"{where}: expected a path or a list of paths under {key!r}, but got {item[key]!r}; "
-                    "correct it or remove the key"
+                    f"{where}: expected {wanted} under {key!r}, but got {got!r}; correct it or remove the key"
                 )
             full = [os.path.normpath(os.path.join(root, path)) for path in written]
             if check_files:
@@ -206,7 +207,7 @@ def split_by_subject(
     Raises:
         ValueError: item without subject, bad fractions, or fewer subjects than sections with a fraction above 0.
     """
-    if len(fractions) != len(sections) or any(f < 0 for f in fractions) or not sum(fractions) > 0:
+    if len(fractions) != len(sections) or any(f < 0 for f in fractions) or not 0 < sum(fractions) < math.inf:
         raise ValueError(f"fractions: expected {len(sections)} numbers >= 0 with a sum above 0, but got {fractions}")
     by_subject: dict[str, list[dict[str, Any]]] = {}
     for index, item in enumerate(items):
@@ -303,7 +304,7 @@ def write_datalist(
         for index, item in enumerate(sections[section]):
             written = dict(item)
             for key in PATH_KEYS:
-                paths = _as_paths(written.get(key))
+                paths = as_paths(written.get(key), key)
                 if paths is None:
                     continue
                 relative = [os.path.relpath(os.path.join(root, path), root) for path in paths]

@@ -158,16 +158,16 @@ def read_gradients(
             not of unit length. The message starts with the path.
     """
     bvals = _read_bvals(bval)
+    if num_volumes is not None and len(bvals) != num_volumes:
+        raise ValueError(
+            f"{bval}: expected one b-value for each of the {num_volumes} volumes of the series, but got {len(bvals)}; "
+            "take the table that was written with the series"
+        )
     bvecs = _read_bvecs(bvec, len(bvals))
     if len(bvecs) != len(bvals):
         raise ValueError(
             f"{bvec}: expected one direction for each of the {len(bvals)} b-values in {bval}, but got {len(bvecs)}; "
             "take both files from the same series"
-        )
-    if num_volumes is not None and len(bvals) != num_volumes:
-        raise ValueError(
-            f"{bval}: expected one b-value for each of the {num_volumes} volumes of the series, but got {len(bvals)}; "
-            "take the table that was written with the series"
         )
     weighted = bvals > B0_MAX
     bvecs = np.where(weighted[:, None], bvecs, 0.0)
@@ -177,7 +177,8 @@ def read_gradients(
             f"{bvec}: expected finite directions, but {len(where)} are NaN or infinite (the first is volume "
             f"{where[0]}, counted from 0); export the file anew"
         )
-    norms = np.linalg.norm(bvecs, axis=1)
+    with np.errstate(over="ignore"):  # of numbers that are no directions; infinite is named below
+        norms = np.linalg.norm(bvecs, axis=1)
     wrong = np.flatnonzero(weighted & (np.abs(norms - 1) > NORM_TOLERANCE))
     if len(wrong):
         raise ValueError(

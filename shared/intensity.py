@@ -47,6 +47,10 @@ def robust_range(values: np.ndarray, *, name: str = "values") -> tuple[float, fl
             f"{name}: expected an image, but nearly all voxels are {low:g} (values {smallest:g}..{largest:g}); "
             "remove the file or the outliers in it"
         )
+    if not _has_width(low, high):
+        raise ValueError(
+            f"{name}: expected intensities whose range float32 can hold, but it is {low:g}..{high:g}; repair the file"
+        )
     return low, high
 
 
@@ -70,7 +74,8 @@ def scale_intensity(values: np.ndarray, low: float, high: float) -> np.ndarray:
         ValueError: high is not above low.
     """
     _check_range(low, high)
-    scaled = (np.asarray(values, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    with np.errstate(over="ignore"):  # far above the range: infinite here, 1 after clipping
+        scaled = (np.asarray(values, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
     return np.clip(scaled, 0.0, 1.0)
 
 
@@ -93,5 +98,11 @@ def unscale_intensity(values: np.ndarray, low: float, high: float) -> np.ndarray
 
 
 def _check_range(low: float, high: float) -> None:
-    if not (np.isfinite([low, high]).all() and high > low):
+    if not (np.isfinite([low, high]).all() and high > low and _has_width(low, high)):
         raise ValueError(f"intensity: expected low < high, both finite, but got {low} and {high}; correct the range")
+
+
+def _has_width(low: float, high: float) -> bool:
+    """Whether float32 holds the difference: not infinite, and not rounded to 0, by which nothing can be divided."""
+    limits = np.finfo(np.float32)
+    return float(limits.smallest_subnormal) <= high - low <= float(limits.max)

@@ -12,8 +12,10 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-# A header stands on a line of its own start: newline, one blank, capitals, colon, one white-space character.
-_HEADER = re.compile(r"\n ([A-Z ()/,-]+):\s")
+# A header stands on a line of its own start: newline, one blank, capitals, colon, a white-space character or line end.
+_HEADER = re.compile(r"\n ([A-Z ()/,-]+):(?:\r\n|\s)")
+
+_BLANK_LINE = re.compile(r"\n \r?\n")
 
 _SPELLINGS = {
     "impression": """impression|impressions|conclusion|findings and impression|findings/impression|findings/ impression
@@ -114,11 +116,12 @@ def parse_sections(text: str) -> list[Section]:
         match = following
     described = ("impression", "findings")
     sections = [s for s in sections if s.name not in described or s.text.strip()]
-    if not any(s.name in described for s in sections) and "\n \n" in sections[-1].text:
+    blank = None if any(s.name in described for s in sections) else _BLANK_LINE.search(sections[-1].text)
+    if blank is not None:
         last = sections.pop()
-        cut = last.start + last.text.index("\n \n")
+        cut, after = last.start + blank.start(), last.start + blank.end()
         sections.append(Section(last.name, last.start, cut, text[last.start : cut]))
-        sections.append(Section("last_paragraph", cut + 3, last.end, text[cut + 3 : last.end]))
+        sections.append(Section("last_paragraph", after, last.end, text[after : last.end]))
     return sections
 
 
@@ -168,8 +171,10 @@ def remove_enumerators(text: str) -> str:
     """
     kept, position, count = [], 0, 0
     for match in _ENUMERATOR.finditer(text):
-        before = text[: match.start()].rstrip(" \t")
-        begins = not before or before[-1] in "\n\r.:;?!"
+        before = match.start()
+        while before and text[before - 1] in " \t":
+            before -= 1
+        begins = before == 0 or text[before - 1] in "\n\r.:;?!"
         number = int(match.group(1))
         if begins and 1 <= number <= count + 1:
             kept.append(text[position : match.start()])
@@ -182,7 +187,8 @@ _ABBREVIATIONS = frozenset(
     ["dr", "drs", "mr", "mrs", "ms", "prof", "st", "vs", "e.g", "i.e", "cf", "ca", "approx", "fig", "dept", "incl"]
 )
 _BOUNDARY = re.compile(
-    r"""(?P<end>[.!?]+[)\]"']*)           # the end of a sentence, closing marks included
+    # only the first of several marks begins a match: thousands of dots would take minutes
+    r"""(?P<end>(?<![.!?])[.!?]+[)\]"']*) # the end of a sentence, closing marks included
         (?:\s+(?=["'(\[]*[A-Z0-9_])       # then white space and something that can begin one ("___": removed names)
         |(?<=[a-z]{4}\.)\s+(?=[a-z]{2})   # or a small letter after a whole word: "clear. heart is normal"
         |(?<=[a-z]\.)(?=[A-Z][a-z]))      # or a forgotten blank: "clear.No effusion"
@@ -206,10 +212,11 @@ def split_sentences(text: str) -> list[str]:
         squeezed = " ".join(paragraph.split())
         start = 0
         for match in _BOUNDARY.finditer(squeezed):
-            words = squeezed[start : match.start()].split(" ")
-            word = words[-1].lower().lstrip("(['\"")
-            initial = len(word) == 1 and word.isalpha() and words[-1].isupper() and match["end"] == "."
-            enumerator = len(words) == 1 and word.isdigit()
+            blank = squeezed.rfind(" ", start, match.start())
+            last = squeezed[max(blank + 1, start) : match.start()]
+            word = last.lower().lstrip("(['\"")
+            initial = len(word) == 1 and word.isalpha() and last.isupper() and match["end"] == "."
+            enumerator = blank < 0 and word.isdigit()
             if match["end"][0] == "." and (word in _ABBREVIATIONS or initial or enumerator):
                 continue
             sentences.append(squeezed[start : match.end("end")])

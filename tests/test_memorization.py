@@ -34,6 +34,7 @@ def _planted() -> tuple[torch.Tensor, torch.Tensor]:
     return samples, training
 
 
+@pytest.mark.reliability(13)
 def test_planted_copies_are_all_found_and_few_others() -> None:
     samples, training = _planted()
     reference = _chests(200, seed=2)
@@ -47,6 +48,7 @@ def test_planted_copies_are_all_found_and_few_others() -> None:
     assert set(report.thresholds) == {"pixel", "correlation"}
 
 
+@pytest.mark.reliability(13)
 def test_feature_view_finds_a_copy_that_pixels_miss() -> None:
     """A mirrored copy: only features that do not depend on the side see it."""
     training, samples, reference = _chests(100, seed=0), _chests(10, seed=1), _chests(60, seed=2)

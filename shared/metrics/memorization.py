@@ -136,7 +136,7 @@ def _shifted(small: torch.Tensor, down: float, right: float) -> torch.Tensor:
 def _nearest_by_correlation(
     queries: torch.Tensor, training: torch.Tensor, *, shifts: Sequence[float], chunk: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """1 - correlation of what is particular to an image, the best over small shifts of the query.
+    """1 - correlation of what is particular to an image, the best over small shifts of the query and its mirror image.
 
     Brightness and contrast of each image go first, then the mean training image. Subtracting what is left of each
     image's own mean makes the cosine a correlation over pixels. One pixel is cut from each side, where shifted images
@@ -158,8 +158,8 @@ def _nearest_by_correlation(
     references = particular(references)
     best = torch.full((len(queries),), torch.inf)
     index = torch.zeros(len(queries), dtype=torch.int64)
-    for down, right in itertools.product(shifts, shifts):
-        moved = particular(_shifted(small, down, right) if down or right else small)
+    for seen, down, right in itertools.product((small, small.flip(-1)), shifts, shifts):
+        moved = particular(_shifted(seen, down, right) if down or right else seen)
         distance, row = nearest_neighbours(moved, references, metric="cosine", chunk=chunk)
         index = torch.where(distance < best, row, index)
         best = torch.minimum(distance, best)
@@ -179,7 +179,8 @@ def find_copies(
 
     Views: ``pixel`` (root mean square difference of the small images), ``correlation`` (1 - correlation after the mean
     training image is subtracted: unlike the plain one it sees what is particular to an image; it ignores brightness
-    and contrast and tolerates shifts of up to about 2 % of the side), and ``feature`` (cosine distance) where given.
+    and contrast, tolerates shifts of up to about 2 % of the side and exchanged sides, as training with flips would
+    leave them), and ``feature`` (cosine distance) where given.
 
     Args:
         samples, training, reference: from :func:`describe`, with the same settings; reference are held-out real images.
