@@ -25,6 +25,7 @@ def clip_folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.reliability(8)
 def test_training_and_sampling_with_a_frozen_encoder(clip_folder, tmp_path, caplog):
     data = tmp_path / "data"
     make_dataset(str(data), n=28, size=128, split=(0.35, 0.2, 0.45))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
@@ -91,7 +92,9 @@ def test_failed_write_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("bits", [8, 16])
 def test_dicom_secondary_capture(tmp_path, bits):
     pydicom = pytest.importorskip("pydicom")
-    save = SaveSampled(output_dir=tmp_path, bits=bits, dicom=True)
+    weights = tmp_path / "model.pt"
+    weights.write_bytes(b"weights")
+    save = SaveSampled(output_dir=tmp_path, bits=bits, dicom=True, weights_path=weights, scheduler="ddim")
     save(item())
     save(item(seed=5))
     dataset, second = (pydicom.dcmread(tmp_path / f"2_{seed}.dcm") for seed in (4, 5))
@@ -101,6 +104,11 @@ def test_dicom_secondary_capture(tmp_path, bits):
     assert "Synthetic" in dataset.ImageComments
     assert "SYNTHETIC" in dataset.StudyDescription
     assert "Miller" not in str(dataset)
+    said = dict(line.split(": ", 1) for line in dataset.DerivationDescription.splitlines())
+    assert (said["seed"], said["scheduler"], said["synthetic"]) == ("4", '"ddim"', "true")
+    assert json.loads(said["weights_sha256"]) == hashlib.sha256(b"weights").hexdigest()
+    assert said["prompt_sha256"] == hashlib.sha256(item()["prompt"].encode()).hexdigest()
+    assert len(dataset.DerivationDescription) <= 1024  # DICOM's short text
     assert np.array_equal(dataset.pixel_array.astype(np.int64), to_grey(picture(), bits).astype(np.int64))
     assert dataset.StudyInstanceUID == second.StudyInstanceUID
     assert dataset.SeriesInstanceUID == second.SeriesInstanceUID

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from tools.report_chart import SMOOTH_FROM, WINDOW, Series, line_chart
@@ -16,6 +17,8 @@ from tools.report_samples import masks_of, prompts_of, translations_of
 
 _MAX_PREVIEWS = 6
 _LAST_CURVES = ("learning_rate", "gradient_norm")
+# Options that name input files, also by relative paths.
+_INPUTS = ("dataset_dir", "reference")
 
 
 def section_of(run: Run, *, anchor: str) -> Element:
@@ -33,11 +36,24 @@ def section_of(run: Run, *, anchor: str) -> Element:
     if run.masks:
         section.extend(masks_of(run.masks))
     if run.config is not None:
-        text = json.dumps(run.config, indent=2, ensure_ascii=False)
+        text = json.dumps(_without_paths(run.config), indent=2, ensure_ascii=False)
         section.append(element("details", element("summary", "Configuration"), element("pre", element("code", text))))
     elif run.is_training:
         section.append(missing("The configuration was not recorded (no config.json)."))
     return section
+
+
+def _without_paths(config: Any) -> Any:
+    """A configuration as a page shows it that is passed on: folders and files of somebody's data can name patients."""
+    if isinstance(config, dict):
+        hidden = {key for key in _INPUTS if isinstance(config.get(key), str | list)}
+        return {key: "(path left out)" if key in hidden else _without_paths(value) for key, value in config.items()}
+    if isinstance(config, list):
+        return [_without_paths(value) for value in config]
+    absolute = isinstance(config, str) and (
+        PurePosixPath(config).is_absolute() or PureWindowsPath(config).is_absolute()
+    )
+    return "(path left out)" if absolute else config
 
 
 def _made_by(run: Run) -> list[Element]:

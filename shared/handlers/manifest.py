@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ignite.engine import Engine, Events
+from monai.engines import Trainer
 
 from shared.distributed import process_count
-from shared.files import save_json, sha256_of_file
+from shared.files import remove_incomplete, save_json, sha256_of_file
 from shared.provenance import active_config, git_commit, sha256_of_json, software_versions
+from shared.run_folder import claim_folder, release_folder
 
 logger = logging.getLogger(__name__)
 
@@ -21,11 +23,16 @@ logger = logging.getLogger(__name__)
 class RunManifest:
     """Write ``config.json`` and ``manifest.json`` into the run folder when an engine starts.
 
+    Temporary files that a killed run left there are removed. A training keeps others out of its folder while it runs.
+
     Args:
         output_dir: run folder.
         task: name of the stage, e.g. ``cxr_ldm diffusion``.
         settings: values worth seeing at a glance (seed, batch size, ...).
         dataset_dir: folder whose ``datalist.json`` is hashed.
+
+    Raises:
+        ValueError: at the start of a training, when another process trains in the folder.
     """
 
     def __init__(
@@ -44,10 +51,16 @@ class RunManifest:
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self._write)
+        if isinstance(engine, Trainer):
+            engine.add_event_handler(Events.COMPLETED, lambda: release_folder(self.output_dir))
 
     def _write(self, engine: Any) -> None:
         if engine.state.rank != 0:
             return
+        if isinstance(engine, Trainer):
+            claim_folder(self.output_dir)
+        for stray in remove_incomplete(self.output_dir, below=True):
+            logger.info("%s: removed, left by an interrupted write", stray)
         datalist = self.dataset_dir / "datalist.json" if self.dataset_dir is not None else None
         manifest = {
             "task": self.task,

@@ -109,7 +109,7 @@ class SaveSampled(MapTransform):
         marks["prompt_sha256"] = hashlib.sha256(description["prompt"].encode()).hexdigest()
         save_marked_png(grey, path, marks)
         if self.dicom:
-            self._save_dicom(grey, path.with_suffix(".dcm"), description["seed"])
+            self._save_dicom(grey, path.with_suffix(".dcm"), description["seed"], made_by=marks)
         save_json(description, path.with_suffix(".json"))
 
     def _free_path(self, name: str, description: Mapping[str, Any]) -> Path:
@@ -123,19 +123,26 @@ class SaveSampled(MapTransform):
                 return path
             number += 1
 
-    def _save_dicom(self, grey: np.ndarray, path: Path, seed: int) -> None:
+    def _save_dicom(self, grey: np.ndarray, path: Path, seed: int, *, made_by: Mapping[str, str]) -> None:
         from pydicom.uid import generate_uid
 
         self._study_uid = self._study_uid or generate_uid()
         with atomic_path(path) as temporary:
-            write_secondary_capture(grey, temporary, study_uid=self._study_uid, number=seed)
+            write_secondary_capture(grey, temporary, study_uid=self._study_uid, number=seed, made_by=made_by)
 
 
 def _as_json(description: Mapping[str, Any]) -> str:
     return json.dumps(description, indent=2, ensure_ascii=False) + "\n"
 
 
-def write_secondary_capture(grey: np.ndarray, path: str | os.PathLike, *, study_uid: str, number: int = 1) -> None:
+def write_secondary_capture(
+    grey: np.ndarray,
+    path: str | os.PathLike,
+    *,
+    study_uid: str,
+    number: int = 1,
+    made_by: Mapping[str, str] | None = None,
+) -> None:
     """Write ``(H, W)`` uint8 or uint16 as a DICOM Secondary Capture image (PS3.3, A.8.1) that says it is synthetic.
 
     Patient attributes are constants: name and id ``SYNTHETIC``, birth date and sex empty. Conversion type SYN is the
@@ -146,6 +153,8 @@ def write_secondary_capture(grey: np.ndarray, path: str | os.PathLike, *, study_
         path: file to write.
         study_uid: instance UID of the study, one per run.
         number: instance number in the series.
+        made_by: what is stated under Derivation Description, such as seed and SHA-256 of weights and prompt: one
+            ``name: value`` a line, together at most 1024 characters.
     """
     import pydicom
     from pydicom.dataset import FileDataset, FileMetaDataset
@@ -179,6 +188,8 @@ def write_secondary_capture(grey: np.ndarray, path: str | os.PathLike, *, study_
     dataset.ConversionType = "SYN"
     dataset.ImageType = ["DERIVED", "SECONDARY"]
     dataset.ImageComments = SYNTHETIC_NOTE
+    if made_by:
+        dataset.DerivationDescription = "\n".join(f"{name}: {value}" for name, value in made_by.items())
     dataset.BurnedInAnnotation = "NO"
     dataset.PatientOrientation = ""
     dataset.SamplesPerPixel = 1
