@@ -7,6 +7,7 @@ import runpy
 
 import pytest
 
+from tests.conftest import ROOT
 from tools.command_line import check_options, run
 
 
@@ -48,6 +49,9 @@ def test_unknown_option_is_refused_before_the_call(monkeypatch):
         ("convert_checkpoint", ["xrv", "--source=a", "--out=b", "--sha256=12345678"], "^a: this file is a pickled"),
         ("report", ["nowhere", "--output=x"], r"^--output: .*did you mean --out\?"),
         ("report", ["/nowhere"], "^/nowhere: expected a run folder"),
+        ("shrink_weights", ["nowhere.pt", "--out=x.pt"], "^nowhere.pt: No such file or directory$"),
+        ("phantoms", ["sdseg", "--n=20", "--out=x"], r"^--n: expected an option.*--num_images"),
+        ("phantoms", ["sdseg", "--out=x", "--num_images=12"], "^num_images: expected at least 18, .* got 12"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
@@ -56,6 +60,13 @@ def test_tools_refuse_unknown_options_and_end_in_one_line(module, words, message
     with pytest.raises(SystemExit, match=message) as stopped:
         runpy.run_module(f"tools.{module}", run_name="__main__")
     assert "\n" not in str(stopped.value)
+
+
+def test_no_tool_goes_round_it():
+    written = {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "tools").rglob("*.py") if "fire.Fire(" in path.read_text()
+    }
+    assert written == {"tools/command_line.py"}
 
 
 def test_run_and_its_errors(monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -44,17 +45,31 @@ def check_options(function: Callable[..., Any], arguments: Sequence[str]) -> Non
         )
 
 
-def run(component: Callable[..., Any] | Mapping[str, Callable[..., Any]], *, name: str) -> None:
+def run(
+    component: Callable[..., Any] | Mapping[str, Callable[..., Any]],
+    *,
+    name: str,
+    command: Sequence[str] | None = None,
+) -> None:
     """Run a function, or one of several by name, with the words of the command line.
 
     An error that the user can correct (ValueError, OSError) ends in one line on stderr and exit code 1.
+
+    Args:
+        component: the function, or functions by name.
+        name: of the command, in its help.
+        command: words after the command's name; None reads `sys.argv`.
     """
-    words = sys.argv[1:]
+    words = list(sys.argv[1:] if command is None else command)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be text
     try:
         if callable(component):
             check_options(component, words)
         elif words and words[0].replace("-", "_") in component:
             check_options(component[words[0].replace("-", "_")], words[1:])
-        fire.Fire(component, name=name)
+        fire.Fire(component, command=words, name=name)
     except (ValueError, OSError) as error:
-        sys.exit(str(error))
+        # The operating system's own message ends with the file.
+        named = isinstance(error, OSError) and error.filename is not None
+        sys.exit(f"{error.filename}: {error.strerror}" if named else str(error))  # type: ignore[union-attr]

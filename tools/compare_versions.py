@@ -146,7 +146,7 @@ def _sample_data(name: str, root: Path) -> Path | None:
     if workload.phantoms is None:
         return None
     with contextlib.redirect_stdout(sys.stderr):
-        PHANTOMS[name](str(root / "data" / name), overwrite=True, **workload.phantoms)  # type: ignore[operator]
+        PHANTOMS[name](str(root / "data" / name), overwrite=True, **workload.phantoms)
     return root / "data" / name
 
 

@@ -110,7 +110,10 @@ def _missing_everywhere(runs: Sequence[Run]) -> list[Element]:
     if all(run.evaluation is None for run in runs):
         notes.append("No evaluation was run: there is no evaluation/summary.json, so no measured quality is reported.")
     if not any(run.samples or run.translations or run.masks for run in runs):
-        notes.append("No images were generated: there are no pictures from prompts, translated volumes or masks.")
+        notes.append(
+            "No generated images to show: there are no pictures from prompts, translated volumes or masks. (Maps of "
+            "dmri2noddi are volumes without a picture; its evaluation has pictures.)"
+        )
     return [missing(note) for note in notes]
 
 

@@ -10,11 +10,13 @@ python -m tools.phantoms dmri2noddi --out DIR --num_subjects 40 [--shape 64,72,5
 
 from __future__ import annotations
 
-import fire
+from collections.abc import Callable
+from typing import Any
 
+from tools.command_line import run
 from tools.phantoms import brain_controlnet, cxr_ldm, dmri2noddi, sdseg, sdseg_abdomen
 
-BUNDLES = {
+BUNDLES: dict[str, Callable[..., Any]] = {
     "cxr_ldm": cxr_ldm.make_dataset,
     "brain_controlnet": brain_controlnet.make_dataset,
     "sdseg": sdseg.make_dataset,
@@ -29,7 +31,7 @@ def main(command: list[str] | None = None) -> None:
     Args:
         command: words of the command line; None reads `sys.argv`.
     """
-    fire.Fire(BUNDLES, command=command, name="python -m tools.phantoms", serialize=str)
+    run(BUNDLES, command=command, name="python -m tools.phantoms")
 
 
 if __name__ == "__main__":
