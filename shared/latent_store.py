@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from shared.cache_keys import describe, file_signature
 from shared.distributed import from_main_process, is_main_process
-from shared.files import atomic_path, save_json, sha256_of_state
+from shared.files import atomic_path, remove_incomplete, save_json, sha256_of_state
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +145,7 @@ class LatentStore:
         network = self.encoding.network
         was_training = network.training
         network.to(self._device).eval()
+        remove_incomplete(folder)
         if not self._is_usable(path, inputs):
             self._build(path, inputs, batch_size, num_workers)
         network.train(was_training)
@@ -171,25 +172,24 @@ class LatentStore:
         # A generator of its own: whether the cache exists must not change the random numbers of the training.
         options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
         loader = DataLoader(inputs, generator=torch.Generator(), collate_fn=list_data_collate, **options)
-        with atomic_path(path) as temporary:
-            stored: np.memmap | None = None
+        # Written in turn: through a memory map a full disk would end the process without a word (SIGBUS).
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
             start = 0
             for batch in tqdm(loader, desc="encoding items once", unit="batch", leave=False):
                 latents = self.encoding.encode(batch).cpu().numpy()
-                if stored is None:
+                if start == 0:
                     shape = (len(inputs), *latents.shape[1:])
-                    stored = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+                    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False}
+                    np.lib.format.write_array_header_1_0(file, {**header, "shape": shape})
                 if not np.isfinite(latents).all():
                     raise ValueError(
                         f"{path}: expected finite latents, got NaN or infinity for items {start} to "
                         f"{start + len(latents) - 1}; check the network's weights with its own training curves."
                     )
-                stored[start : start + len(latents)] = latents
+                file.write(np.ascontiguousarray(latents, dtype=np.float32).tobytes())
                 start += len(latents)
-            if stored is None:
+            if start == 0:
                 raise ValueError(f"{path}: expected at least one image to encode, got an empty list.")
-            stored.flush()
-            del stored
         save_json({"items": len(inputs)}, path.with_suffix(".json"))
         logger.info("stored the latents of %d items in %s", len(inputs), path)
 

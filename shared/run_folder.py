@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 from pathlib import Path
@@ -50,6 +51,13 @@ def claim_folder(folder: str | os.PathLike) -> None:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     _held[path] = file
+
+
+@atexit.register
+def _release_all() -> None:
+    # A training that failed has not said release_folder.
+    while _held:
+        _held.popitem()[1].close()
 
 
 def release_folder(folder: str | os.PathLike) -> None:

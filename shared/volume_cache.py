@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.files import atomic_path
+from shared.files import atomic_path, remove_incomplete
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,7 @@ class VolumeCache:
         path = self.folder / f"{key}.npy"
         stored = _opened(path)
         if stored is None:
+            remove_incomplete(self.folder)
             array = _checked(str(path), make())
             with atomic_path(path) as temporary, temporary.open("wb") as file:
                 np.lib.format.write_array(file, array, allow_pickle=False)

@@ -73,8 +73,9 @@ class Running:
         (place / "home").mkdir()
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(place / "home"), **environment}
         self._process = _context().Process(target=_child, args=(words, str(cwd), variables, str(place)))
-        self._start = time.monotonic()
+        # Returns when the server has imported everything and forked; the imports do not count.
         self._process.start()
+        self._start = time.monotonic()
 
     @property
     def running(self) -> bool:
@@ -146,6 +147,8 @@ def _child(words: tuple[str, ...], cwd: str, environment: dict[str, str], place:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
+    # Data loaders start their workers as in any other process, not through another server.
+    multiprocessing.set_start_method(None, force=True)  # type: ignore[arg-type]
     sys.path.insert(0, cwd)
     sys.argv = ["-m", *words[1:]]
     _refuse_network(f"{place}/network")

@@ -55,7 +55,8 @@ def tallies(reports: Iterable[Any]) -> list[Tally]:
     properties: dict[str, dict[str, Any]] = {}
     for report in reports:
         outcomes[report.nodeid].add(report.outcome)
-        properties.setdefault(report.nodeid, {}).update(dict(report.user_properties))
+        # A module that does not import has none.
+        properties.setdefault(report.nodeid, {}).update(dict(getattr(report, "user_properties", ())))
     for test, known in properties.items():
         if "reliability" not in known:
             continue

@@ -125,6 +125,7 @@ def test_stage_2_measures_the_scale_factor_and_keeps_stage_1(trained):
     assert (trained / "runs/train_diffusion/previews/epoch_0002_samples.png").exists()
 
 
+@pytest.mark.reliability(8)
 def test_stage_3_trains_the_controlnet_and_nothing_else(trained):
     model, stage_2 = weights(trained), weights(trained, "stages/diffusion")
     assert changed(part(model, "diffusion."), stage_2) == []
@@ -179,6 +180,7 @@ def test_monai_finds_its_properties(stage, phantoms, trained, tmp_path):
         assert workflow.check_properties() == []
 
 
+@pytest.mark.reliability(8)
 def test_loaded_prompt_stays_as_it_is(phantoms, trained, tmp_path):
     given = {"embeddings": torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(0))}
     torch.save(given, tmp_path / "prompt.pt")
@@ -188,6 +190,7 @@ def test_loaded_prompt_stays_as_it_is(phantoms, trained, tmp_path):
     assert changed(part(weights(tmp_path, "stages/diffusion"), "prompt."), given) == []
 
 
+@pytest.mark.reliability(8)
 def test_unlocked_unet_is_trained(phantoms, trained, tmp_path):
     copy_of(trained, tmp_path, "diffusion")
     BRAIN.execute("train", phantoms, **BRAIN.folders(tmp_path, "train"), max_epochs=1, unlock_unet=True)
@@ -353,6 +356,7 @@ def assert_same_grid(result: Path, source: Path) -> None:
         assert code == expected_code
 
 
+@pytest.mark.reliability(6)
 def test_raw_volume_keeps_its_grid_and_is_marked_synthetic(translated, raw_flair, trained):
     assert sorted(path.name for path in translated.glob("sub-*")) == [
         "sub-02_T1w.json",
@@ -383,6 +387,7 @@ def test_seed_decides_the_volume(translated, raw_flair, trained, tmp_path):
     assert np.allclose(voxels(apart / name), voxels(translated / name), atol=1e-5)
 
 
+@pytest.mark.reliability(6)
 def test_folder_of_volumes_whose_orientation_does_not_matter(translated, raw_flair, trained, tmp_path):
     source = tmp_path / "source"
     (source / "deep").mkdir(parents=True)
@@ -430,6 +435,7 @@ def test_inference_sees_what_training_saw(phantoms, trained, tmp_path):
     assert torch.equal(torch.stack(slices), torch.cat([volume.movedim(-1, 0) for volume in volumes]))
 
 
+@pytest.mark.reliability(6)
 def test_small_slice_is_padded_to_the_size_of_training(raw_flair, tmp_path):
     plane = voxels(raw_flair)[:37, 40:69, 2]
     nibabel.save(nibabel.Nifti1Image(plane, np.eye(4)), tmp_path / "small.nii")
@@ -680,6 +686,7 @@ def test_absent_flair_is_named(stage, change, message, phantoms, trained, tmp_pa
         ("inference", {"size_divisor": 4}, "image: expected sides that are multiples of 16, got (76, 104)"),
     ],
 )
+@pytest.mark.reliability(6)
 def test_size_that_networks_cannot_halve_is_named(stage, overrides, message, phantoms, trained, raw_flair, tmp_path,
                                                   capsys):  # fmt: skip
     options = BRAIN.folders(trained, stage) | {"output_dir": str(tmp_path)} | overrides

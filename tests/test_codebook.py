@@ -360,22 +360,26 @@ def ranks(tmp_path_factory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", ["shared", "restarting", "after NaN"])
+@pytest.mark.reliability(11)
 def test_ranks_hold_equal_codes(ranks, name):
     for key, value in ranks[0][name].items():
         assert torch.isfinite(value).all()
         assert torch.equal(value, ranks[1][name][key]), key
 
 
+@pytest.mark.reliability(11)
 def test_two_processes_train_as_one_with_the_doubled_batch(ranks):
     for key, value in ranks[0]["whole"].items():
         torch.testing.assert_close(ranks[0]["shared"][key], value, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.reliability(11)
 def test_bad_batch_on_one_rank_leaves_the_codes_of_both(ranks):
     for key, value in ranks[0]["restarting"].items():
         assert torch.equal(ranks[0]["after NaN"][key], value), key
 
 
+@pytest.mark.reliability(11)
 def test_wrapped_autoencoder_trains_equally_on_both_ranks(ranks):
     for part in ("autoencoder", "gradient"):
         for key, value in ranks[0][part].items():

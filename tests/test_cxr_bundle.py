@@ -5,12 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +15,6 @@ import pytest
 import torch
 from PIL import Image
 
-from shared.handlers.checkpoint import checkpoints_in
 from tests.bundle_runs import BundleRuns, curve
 from tests.bundle_tools import STANDALONE, read
 from tests.conftest import ROOT
@@ -183,38 +177,6 @@ def test_resumed_training_repeats_the_uninterrupted_one_bit_for_bit(stage, worke
     assert curves[0] == curves[1]
 
 
-def test_killed_process_resumes_bit_for_bit(phantoms, tmp_path):
-    """The one slow test: the documented command, killed with SIGKILL a moment after a checkpoint appears."""
-    stage, epochs = "train_autoencoder", 12
-    options = CXR.folders(tmp_path / "killed", stage) | {"max_epochs": epochs, "dataset_dir": str(phantoms)}
-    present = sorted((CXR.folder / "runs").rglob("*"))
-    kill_after, delay = random.SystemRandom().choice([(1, 0.0), (2, 0.03), (4, 0.1)])
-    arguments = [f"--{key}={value}" for key, value in {**STAGES[stage], **options}.items()]
-    files = "['configs/train_autoencoder.json','configs/tiny.json']"
-    command = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", files, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, cwd=CXR.folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        checkpoints = Path(options["output_dir"]) / "checkpoints"
-        deadline = time.monotonic() + 120
-        while not (checkpoints / f"checkpoint_epoch={kill_after}.pt").exists():
-            assert process.poll() is None, (tmp_path / "log.txt").read_text()[-2000:]
-            assert time.monotonic() < deadline, "no checkpoint within two minutes"
-            time.sleep(0.005)
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    done = CXR.train_and_crash(stage, phantoms, None, **options)
-    assert done[0] > 2 * kill_after, f"started anew after a kill at {kill_after, delay}"
-    assert done[-1] == 2 * epochs
-    CXR.train_and_crash(stage, phantoms, None, **options | CXR.folders(tmp_path / "whole", stage))
-    killed, whole = (curve(tmp_path / name / "runs" / stage) for name in ("killed", "whole"))
-    assert killed == whole, f"killed {delay} s after the checkpoint of epoch {kill_after}"
-    assert list(checkpoints.glob(".*")) == []
-    assert sorted((CXR.folder / "runs").rglob("*")) == present, "the run wrote outside of the test's folder"
-    assert len(checkpoints_in(checkpoints)) == 2
-
-
 # Bad input
 
 
@@ -277,6 +239,7 @@ def test_film_without_text_is_named(change, message, phantoms, trained, tmp_path
         ("inference", {"latent_shape": [3, 9, 9]}, "latent_shape: expected [3, 8, 8] for image_size [64, 64]"),
     ],
 )
+@pytest.mark.reliability(6)
 def test_size_that_networks_cannot_halve_is_named(stage, overrides, message, phantoms, trained, tmp_path, capsys):
     options = CXR.folders(trained, stage) | {"output_dir": str(tmp_path)} | overrides
     line = CXR.last_line(stage, phantoms, capsys, **options)

@@ -10,6 +10,7 @@ from shared.diffusion import prediction_target, sample_posterior
 SCHEDULE = {"schedule": "scaled_linear_beta", "beta_start": 0.0015, "beta_end": 0.0205}
 
 
+@pytest.mark.reliability(9)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_target_and_noisy_latents_determine_the_clean_ones(prediction_type):
     scheduler = DDPMScheduler(1000, prediction_type=prediction_type, clip_sample=False, **SCHEDULE)

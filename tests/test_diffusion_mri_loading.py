@@ -304,7 +304,7 @@ def test_bad_series_are_named(tmp_path: Path):
     with pytest.raises(ValueError, match="dwi: expected the path of a file, but got int"):
         load_features(item | {"dwi": 3}, FEATURES)
     np.savetxt(tmp_path / "dwi.bval", BVALS[None, :6])
-    with pytest.raises(ValueError, match=r"dwi\.bvec: expected one direction for each of the 6 b-values"):
+    with pytest.raises(ValueError, match=r"dwi\.bval: expected one b-value for each of the 7 volumes"):
         load_features(item, FEATURES)
 
 

@@ -30,6 +30,7 @@ def _by_matrix_root(a: np.ndarray, b: np.ndarray) -> float:
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s_a + s_b - 2 * root))
 
 
+@pytest.mark.reliability(10)
 @pytest.mark.parametrize(("n_a", "n_b"), [(200, 300), (200, 25)])
 def test_frechet_equals_the_matrix_root(n_a: int, n_b: int) -> None:
     a, b = _features(n_a, 20), _features(n_b, 20, seed=1, shift=0.3, scale=1.4)
@@ -39,6 +40,7 @@ def test_frechet_equals_the_matrix_root(n_a: int, n_b: int) -> None:
     assert frechet_distance(b, a).value == pytest.approx(result.value, abs=1e-9)
 
 
+@pytest.mark.reliability(10)
 def test_frechet_equals_the_closed_form_of_gaussians() -> None:
     """Diagonal covariances: |m_a - m_b|^2 + sum (s_a - s_b)^2, met exactly by features whitened to those moments."""
     white = torch.linalg.qr(_features(400, 6) - _features(400, 6).mean(0)).Q * 399**0.5
@@ -80,6 +82,7 @@ def test_streamed_statistics_equal_the_whole_set() -> None:
         streamed.update(torch.zeros(2, 3))
 
 
+@pytest.mark.reliability(10)
 def test_kernel_distance_by_loops() -> None:
     a, b = _features(6, 3), _features(6, 3, seed=1, shift=1.0)
 

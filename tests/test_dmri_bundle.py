@@ -157,6 +157,7 @@ def test_released_files_are_strict_state_dicts_of_the_network(stage, phantoms, t
     net.load_state_dict(weights(trained, RELEASED[stage]), strict=True)
 
 
+@pytest.mark.reliability(8)
 def test_main_stage_trains_the_unet_alone(phantoms, trained, tmp_path):
     model, run = weights(trained), trained / "runs/train"
     assert {key.split(".")[0] for key in model} == {"autoencoder", "encoder", "unet", "latent_mean", "latent_std"}
@@ -176,6 +177,7 @@ def test_main_stage_trains_the_unet_alone(phantoms, trained, tmp_path):
         assert said[name] == sha256_of_file(trained / f"models/stages/{path}.pt")
 
 
+@pytest.mark.reliability(8)
 def test_encoder_stage_trains_the_encoder_alone(trained):
     one, two = (checkpoint(trained / "runs/train_encoder", epoch) for epoch in (1, 2))
     assert {key.split(".")[0] for key in two["network"]} == {"kernels", "encoder", "shortcut", "head"}

@@ -260,6 +260,7 @@ def cropped(item: dict[str, Any], folder: Path, *, shape: Sequence[int] = (7, 6,
     return folder / "sub-7_dwi.nii.gz"
 
 
+@pytest.mark.reliability(6)
 def test_series_smaller_than_a_patch_in_another_axis_order(head, models, tmp_path):
     source = cropped(head, tmp_path / "data")
     out = estimate(models, source.parent, tmp_path / "out")
@@ -499,6 +500,7 @@ def test_absent_file_of_the_list_is_named(phantoms, models, tmp_path, capsys):
     ],
     ids=["size", "stride"],
 )
+@pytest.mark.reliability(6)
 def test_patches_that_do_not_fit_are_refused(stage, option, message, phantoms, models, volumes, tmp_path, capsys):
     if stage != "train" and "patch_size" in option:
         return  # the other networks take any size

@@ -78,6 +78,7 @@ def equal(one: list[torch.Tensor], two: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
+@pytest.mark.reliability(8)
 def test_each_optimizer_moves_its_own_parameters_only():
     trainer = make_trainer()
     network, discriminator = trainer.network, trainer.discriminator
@@ -99,6 +100,7 @@ def test_each_optimizer_moves_its_own_parameters_only():
     assert second == [(False, True, False), (True, True, False)] + 3 * [(False, False, True), (True, True, False)]
 
 
+@pytest.mark.reliability(8)
 def test_discriminator_is_neither_called_nor_trained_before_its_epoch():
     trainer = make_trainer()
     start = values(trainer.discriminator)
@@ -113,6 +115,7 @@ def test_discriminator_is_neither_called_nor_trained_before_its_epoch():
     assert history == {1: (0, True), 2: (6, False), 3: (12, False)}
 
 
+@pytest.mark.reliability(8)
 def test_generator_pass_leaves_no_gradient_in_the_discriminator():
     trainer = make_trainer(adversarial_start=1, epochs=1)
     gradients: list[list[torch.Tensor | None]] = []
@@ -130,6 +133,7 @@ def test_generator_pass_leaves_no_gradient_in_the_discriminator():
     assert all(parameter.requires_grad for parameter in trainer.discriminator.parameters())
 
 
+@pytest.mark.reliability(8)
 def test_discriminator_step_leaves_no_gradient_in_the_network():
     trainer = make_trainer(adversarial_start=1, epochs=1)
     at_step: dict[bool, list[torch.Tensor]] = {}
@@ -226,6 +230,7 @@ def test_guard_covers_both_steps_and_reports_the_norm_of_the_network():
     assert reported[0] == reported[1] > 1e-3
 
 
+@pytest.mark.reliability(4)
 def test_guard_stops_a_discriminator_that_is_not_finite():
     trainer = make_trainer(adversarial_start=1, handlers=(GradientGuard(),))
     trainer.discriminator.layer.weight.data[:] = float("inf")
@@ -379,6 +384,7 @@ def test_adaptive_weight_has_a_limit_and_keeps_what_is_not_finite():
     assert trainer._adaptive_weight(float("nan") * layer.sum(), large).isnan()
 
 
+@pytest.mark.reliability(4)
 def test_a_step_that_is_not_finite_is_refused_with_the_adaptive_weight_too():
     trainer = make_vqgan_trainer(handlers=(GradientGuard(),))
     trainer.discriminator.second.weight.data[:] = float("inf")
@@ -430,6 +436,7 @@ def test_codes_move_once_in_a_step_and_in_no_other_pass():
     assert seen == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.reliability(8)
 def test_each_optimizer_moves_its_own_parameters_with_the_adaptive_weight():
     trainer = make_vqgan_trainer(epochs=2, adversarial_start=START)
     parts = {"network": trainer.network, "discriminator": trainer.discriminator}

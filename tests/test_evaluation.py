@@ -127,6 +127,7 @@ def _per_image(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.reliability(13)
 @pytest.mark.parametrize("decollate", [True, False])
 def test_everything_end_to_end(tmp_path: Path, caplog: pytest.LogCaptureFixture, decollate: bool) -> None:
     classifier = BlobClassifier()

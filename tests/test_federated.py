@@ -182,6 +182,7 @@ def test_a_round_trains_for_local_epochs_and_the_mean_is_that_of_the_clients(fed
         assert site.client.trainer.state.epoch == 2
 
 
+@pytest.mark.reliability(8)
 def test_loss_falls_and_the_frozen_autoencoder_keeps_its_bits(federation, released):
     autoencoder = torch.load(released / "stages/autoencoder.pt", weights_only=True)
     for state in (*federation["server"], *(reply[0] for replies in federation["rounds"] for reply in replies)):

@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedTrainer
 from monai.inferers import SimpleInferer
+from monai.transforms import RandGaussianNoised
 from torch import nn
 
 from shared.handlers.best import SaveBest
@@ -93,6 +97,19 @@ def test_resumed_losses_equal_the_uninterrupted_ones_bit_for_bit(tmp_path, worke
     assert resumed == {iteration: whole[iteration] for iteration in resumed}
 
 
+def test_epochs_ranks_and_seeds_draw_differently():
+    def draws(seed: int, epoch: int, rank: int) -> tuple[float, ...]:
+        dataset = Dataset([{"image": torch.zeros(2)}], transform=RandGaussianNoised("image", prob=1.0))
+        state = SimpleNamespace(epoch=epoch, rank=rank)
+        EpochSeeds(seed, [dataset])._seed(SimpleNamespace(state=state))
+        return torch.rand(()).item(), float(np.random.rand()), random.random(), dataset[0]["image"][0].item()
+
+    first = draws(7, 1, 0)
+    assert draws(7, 1, 0) == first
+    for other in (draws(7, 2, 0), draws(7, 1, 1), draws(8, 1, 0)):
+        assert all(one != two for one, two in zip(first, other, strict=True))
+
+
 def test_newest_loadable_checkpoint_is_used(tmp_path, caplog):
     whole = run_with_checkpoints(tmp_path, 0)
     newest = checkpoints_in(tmp_path)[-1]
@@ -153,6 +170,7 @@ class Poison(nn.Module):
         return self.linear(x) * (float("nan") if self.calls == self.call else 1.0)
 
 
+@pytest.mark.reliability(4)
 def test_guard_stops_before_the_step_and_names_items(tmp_path):
     network = Poison(call=3)
     trainer, _, _ = make_trainer([GradientGuard()], network)
@@ -167,6 +185,7 @@ def test_guard_stops_before_the_step_and_names_items(tmp_path):
         assert torch.isfinite(value).all()
 
 
+@pytest.mark.reliability(4)
 def test_guard_can_skip_a_step_and_go_on(caplog):
     network = Poison(call=3)
     trainer, optimizer, _ = make_trainer([GradientGuard(policy="skip")], network)

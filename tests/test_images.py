@@ -151,6 +151,7 @@ def test_dicom_is_known_by_its_content(tmp_path):
     assert load(path).shape == (1, 5, 7)
 
 
+@pytest.mark.reliability(12)
 def test_no_header_value_survives(tmp_path):
     path = write_dicom(tmp_path / "a.dcm", ramp(top=4095).astype(np.uint16))
     image = load(path)

@@ -136,6 +136,7 @@ def test_decoding_is_chunked():
     assert model.decoded == [2, 2, 1]
 
 
+@pytest.mark.reliability(9)
 def test_sampling_loop_recovers_the_data_of_a_perfect_network():
     clean = torch.linspace(-2, 2, 24).reshape(1, 1, 4, 6)
     scheduler = DPMSolverMultistepScheduler(1000, **{**CHEST, "prediction_type": "sample"})
@@ -368,3 +369,15 @@ def test_missing_weights_are_explained(bundle):
     assert isinstance(caught.value.__cause__, FileNotFoundError)
     assert str(caught.value.__cause__).startswith(str(bundle / "models" / "tiny" / "model.pt"))
     assert "--ckpt_dir" in str(caught.value.__cause__)
+
+
+def test_steps_are_taken_in_float32_whatever_the_network_computes_in():
+    class Recording:
+        def step(self, prediction, timestep, x):
+            seen.append((timestep, prediction.dtype, x.dtype))
+            return x - prediction, x
+
+    seen = []
+    latents = sample_latents(lambda x, t: x.bfloat16() / 2, Recording(), torch.ones(1, 2, 3, 4).half(), [7, 3])
+    assert seen == [(7, torch.float32, torch.float32), (3, torch.float32, torch.float32)]
+    torch.testing.assert_close(latents, torch.full((1, 2, 3, 4), 0.25))

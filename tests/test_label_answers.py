@@ -431,7 +431,7 @@ def test_paths_of_a_client_are_not_followed(tmp_path):
         ({"bvals": [0, 1000]}, "^bvecs: expected it beside bvals, got none"),
         ({"bvecs": [[1, 0, 0]]}, "^bvals: expected it beside bvecs, got none"),
         ({"bvals": [0, 1000], "bvecs": [[0, 1], [0, 0], [0, 0]]}, "^bvals: expected one b-value for each of the 64"),
-        ({"bvals": [0, 1000], "bvecs": [[0, 1], [0, 0]]}, "^bvecs: expected 3 rows"),
+        ({"bvals": 32 * [0, 1000], "bvecs": [[0, 1], [0, 0]]}, "^bvecs: expected 3 rows"),
         ({"bvals": ["x"], "bvecs": [[0, 1]]}, r"^bvals: expected numbers, or lists of them.*'x'"),
         ({"bvals": [0], "bvecs": [[0, {}]]}, "^bvecs: expected numbers, or lists of them"),
         ({"bvals": "0 x", "bvecs": "0"}, "^bvals: expected b-values as plain numbers"),

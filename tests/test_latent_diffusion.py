@@ -62,6 +62,7 @@ def test_scale_factor_travels_with_the_weights(model):
     assert other.scale_factor.item() == pytest.approx(0.407)
 
 
+@pytest.mark.reliability(8)
 def test_autoencoder_is_frozen_and_stays_in_evaluation_mode(model):
     model.train()
     assert not model.autoencoder.training

@@ -110,6 +110,13 @@ def test_compression_of_jpeg_is_cut_away(tmp_path):
     assert (load(tmp_path / "b.jpg")[0].numpy() != original).mean() < 1e-3
 
 
+def test_blurred_levels_are_cut_at_half(tmp_path):
+    values = np.zeros((40, 44), dtype=np.uint8)
+    values[:, 22:] = 255
+    values[0, :4] = 80, 127, 128, 250
+    assert load(save(tmp_path / "a.png", values))[0, 0, :4].tolist() == [0, 0, 1, 1]
+
+
 def grey_steps(*levels, shape=(10, 20)):
     """Mostly black, two rows per level."""
     values = np.zeros(shape, dtype=np.uint8)

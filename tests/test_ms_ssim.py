@@ -19,6 +19,7 @@ def _images(n: int, height: int, width: int, *, seed: int = 0) -> torch.Tensor:
     return (smooth + 0.1 * torch.randn(n, 1, height, width, generator=generator)).clamp(0, 1)
 
 
+@pytest.mark.reliability(10)
 @pytest.mark.parametrize(("size", "kernel"), [((192, 208), 11), ((128, 128), 7), ((131, 117), 7)])
 def test_pairs_equal_monai(size: tuple[int, int], kernel: int) -> None:
     x, y = _images(5, *size), _images(5, *size, seed=1)
@@ -27,6 +28,7 @@ def test_pairs_equal_monai(size: tuple[int, int], kernel: int) -> None:
     torch.testing.assert_close(multiscale_ssim(x, y, kernel_size=kernel), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.reliability(10)
 def test_pairs_equal_an_independent_package() -> None:
     reference = pytest.importorskip("pytorch_msssim", reason="development dependency pytorch-msssim")
     x = _images(4, 192, 208)

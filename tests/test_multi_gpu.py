@@ -59,6 +59,7 @@ def test_no_thread_of_gloo_outlives_the_run(ranks, folder):
 # Steps
 
 
+@pytest.mark.reliability(11)
 def test_two_shares_step_as_one_process_with_the_whole_batch(ranks, folder):
     """Generator, late discriminator and clipping included."""
     one, two = (rank["shares"] for rank in ranks)
@@ -75,6 +76,7 @@ def test_two_shares_step_as_one_process_with_the_whole_batch(ranks, folder):
     assert shared == pytest.approx(whole, abs=1e-5)
 
 
+@pytest.mark.reliability(11)
 def test_two_shares_segment_as_one_process_with_the_whole_batch(ranks):
     one, two = (rank["segmentation shares"] for rank in ranks)
     start = segmentation_model().state_dict()
@@ -90,6 +92,7 @@ def test_two_shares_segment_as_one_process_with_the_whole_batch(ranks):
 
 
 @pytest.mark.parametrize("where", ["gradient", "loss"])
+@pytest.mark.reliability(11)
 def test_all_ranks_skip_a_step_that_one_must_refuse(where, ranks):
     one, two = (rank[f"skip {where}"] for rank in ranks)
     assert one["skipped"] == two["skipped"] == [0, 1, 0, 0]
@@ -99,6 +102,7 @@ def test_all_ranks_skip_a_step_that_one_must_refuse(where, ranks):
 
 
 @pytest.mark.parametrize("where", ["gradient", "loss"])
+@pytest.mark.reliability(11)
 def test_all_ranks_stop_and_name_the_items_of_the_one_at_fault(where, ranks):
     one, two = (rank[f"stop {where}"] for rank in ranks)
     assert one["message"] == two["message"]

@@ -63,6 +63,7 @@ def assert_equal(one: dict[str, Any], two: dict[str, Any]) -> None:
 
 
 @stages
+@pytest.mark.reliability(11)
 def test_ranks_end_with_the_same_weights(stage, ranks):
     """Codes of a codebook, scale factor and statistics of latents included."""
     one, two = (rank[f"{stage} whole"] for rank in ranks)
@@ -96,6 +97,7 @@ def test_every_epoch_deals_every_item_in_a_new_order(stage, ranks):
 
 
 @stages
+@pytest.mark.reliability(11)
 def test_only_the_main_process_writes(stage, ranks):
     one, two = (rank[f"{stage} whole"] for rank in ranks)
     for name in ("metrics.csv", "manifest.json", "config.json", "checkpoints/checkpoint_epoch=2.pt"):
@@ -126,6 +128,7 @@ def test_resumed_training_repeats_the_uninterrupted_one(stage, gang):
 
 
 @stages
+@pytest.mark.reliability(11)
 def test_two_shares_step_as_one_process_with_the_whole_batch(stage, gang):
     """In ten steps and more: losses by name, gradients after clipping, weights, and metrics of the validation."""
     _, ranks, alone = gang

@@ -47,6 +47,7 @@ def test_equal_maps_are_perfect():
     assert found["flattened_ssim"] == pytest.approx(1)
 
 
+@pytest.mark.reliability(10)
 def test_closed_forms_and_each_map_by_itself():
     true, brain = 0.4 * fields() + 0.3, ball()
     pred = true.clone()
@@ -86,6 +87,7 @@ def test_ssim_is_that_of_monai(window):
         assert found[f"{key}_ssim"] == pytest.approx(float(expected), abs=1e-5)
 
 
+@pytest.mark.reliability(10)
 def test_uniform_ssim_is_that_of_scikit_image_also_inside_the_mask():
     """Places and their voxels belong together: scikit-image pads its map to the size of the volume."""
     true, pred, brain = fields(), (fields() + 0.2 * fields(9)).clamp(0, 1), ball()
@@ -100,6 +102,7 @@ def test_uniform_ssim_is_that_of_scikit_image_also_inside_the_mask():
         assert found[f"{key}_ssim_brain"] == pytest.approx(local[inner][inside[inner]].mean(), abs=1e-5)
 
 
+@pytest.mark.reliability(10)
 def test_data_range_is_one_whatever_the_values():
     small = map_scores(0.1 * fields(1), 0.1 * fields(), ball())
     large = map_scores(fields(1), fields(), ball())
@@ -110,6 +113,7 @@ def test_data_range_is_one_whatever_the_values():
     assert small["flattened_ssim"] == pytest.approx(large["flattened_ssim"], abs=1e-4)
 
 
+@pytest.mark.reliability(10)
 def test_flattened_scores_are_those_of_scikit_image():
     true, pred = 0.8 * fields(), 0.8 * fields(2)
     lines = [part.permute(1, 2, 3, 0).reshape(-1, 3).double().numpy() for part in (true, pred)]

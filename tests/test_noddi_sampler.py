@@ -58,6 +58,7 @@ def volume(shape: tuple[int, ...] = (3, 14, 9, 7), seed: int = 0) -> torch.Tenso
     return torch.rand((1, *shape), generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.reliability(9)
 @pytest.mark.parametrize("fusion", ["maps", "steps"])
 @pytest.mark.parametrize("steps", [10, 100, 1000])
 def test_an_oracle_gives_the_clean_latent(fusion: str, steps: int) -> None:
@@ -67,6 +68,7 @@ def test_an_oracle_gives_the_clean_latent(fusion: str, steps: int) -> None:
     assert (maps - interpolate(features, scale_factor=2)).abs().max() < 1e-4
 
 
+@pytest.mark.reliability(9)
 def test_an_oracle_gives_the_clean_latent_with_few_steps_of_another_solver() -> None:
     features = volume()
     solver = DPMSolverMultistepScheduler(1000, **SCHEDULE)
@@ -129,6 +131,33 @@ def test_errors_that_depend_on_the_place_in_a_patch_leave_no_seam(fusion: str) -
     assert seam_ratio(blended, truth, borders) < 1.25
     published = sampler(fusion="maps", overlap=0.0, blend="constant")(features, Oracle(error=0.05))
     assert seam_ratio(published, truth, [8, 12]) > 3  # the measure finds a seam where there is one
+
+
+@pytest.mark.parametrize(("fusion", "order"), [("steps", [999, 999, 499, 499]), ("maps", [999, 499, 999, 499])])
+def test_fusion_says_whether_steps_or_patches_come_first(fusion: str, order: list[int]) -> None:
+    times = []
+
+    class Watched(Oracle):
+        def forward(self, features, x, t, condition):  # type: ignore[no-untyped-def]
+            times.append(int(t[0]))
+            return super().forward(features, x, t, condition)
+
+    # Two patches, of 8 at 0 and 4.
+    sampler(fusion=fusion, num_inference_steps=2, overlap=0.5)(volume((3, 12, 6, 4)), Watched())
+    assert times == order
+
+
+@pytest.mark.parametrize("fusion", ["maps", "steps"])
+def test_overshoot_of_a_patch_does_not_weigh_on_the_next(fusion: str) -> None:
+    class Overshooting(Oracle):
+        def decode(self, latents: torch.Tensor) -> torch.Tensor:
+            maps = torch.zeros_like(interpolate(latents, scale_factor=2))
+            maps[:, :, 8:] = 2.0
+            return maps
+
+    maps = sampler(fusion=fusion, overlap=0.5, blend="constant")(volume((3, 12, 6, 4)), Overshooting())
+    # The far half of the first patch, 2 clipped to 1, and the near half of the second, 0.
+    torch.testing.assert_close(maps[:, :, 8:16], torch.full_like(maps[:, :, 8:16], 0.5))
 
 
 def test_the_noise_is_shared_where_patches_overlap() -> None:
@@ -230,6 +259,7 @@ def test_one_map_at_a_time_tells_the_encoder_which() -> None:
 def test_volumes_smaller_than_a_patch_are_padded_and_cut_back() -> None:
     features = torch.rand(1, 3, 5, 3, 2)
     maps = sampler()(features, Oracle())
+    assert maps.shape == (1, 3, 10, 6, 4)
     assert (maps - interpolate(features, scale_factor=2)).abs().max() < 1e-4
 
 
@@ -283,6 +313,17 @@ def test_normalisation_is_undone() -> None:
     assert shifted.abs().max() == 0
 
 
+def test_decoding_takes_the_nearest_codes_or_the_latent_itself() -> None:
+    model, latents = tiny_model(), torch.randn(1, 4, 3, 4, 5)
+    plain = model.denormalize(latents)
+    for quantize in (True, False):
+        model.quantize = quantize
+        assert torch.equal(model.decode(latents), model.autoencoder.decode(plain, quantize=quantize))
+    codes = model.autoencoder.codebook.embed(model.autoencoder.codebook.nearest(plain))
+    assert (model.autoencoder.decode(codes, quantize=False) - model.decode(latents)).abs().max() > 1e-3
+
+
+@pytest.mark.reliability(8)
 def test_only_the_unet_is_trained_and_the_frozen_parts_stay_in_evaluation_mode() -> None:
     model = tiny_model().train()
     assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"unet"}

@@ -7,6 +7,7 @@ import csv
 import gzip
 import json
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,6 +113,14 @@ def test_mimic_dicom_zip_gz_several_views_and_depth(tmp_path):
     with Image.open(out / items[0]["image"]) as picture:
         assert picture.mode.startswith("I")
     assert find_leaks(read_datalist(out)) == {}
+
+
+def test_studies_of_a_patient_stay_together(tmp_path):
+    source, out = mimic_tree(tmp_path / "mimic"), tmp_path / "set"
+    mimic_cxr(str(source), str(out), views=("PA", "AP"), **SMALL)
+    found = [(Path(item["image"]).parts[2], part) for part, items in read_datalist(out).items() for item in items]
+    assert len(found) == 20
+    assert len(set(found)) == len({patient for patient, _ in found}) == 10
 
 
 def test_mimic_labels_and_extended_text(tmp_path):

@@ -121,6 +121,16 @@ def test_training_draws_come_from_the_global_generator_and_differ_each_time():
     assert not torch.equal(first[0], second[0])
 
 
+def test_timesteps_of_training_cover_all_and_differ_within_a_batch():
+    torch.manual_seed(0)
+    timesteps = TextLatentDiffusionBatch(scheduler(), model())(batch(list(range(400))), CPU)[3]["timesteps"]
+    # Uniform over 0..999, as above; of 400 draws about 330 differ.
+    assert timesteps.float().mean().item() == pytest.approx(499.5, abs=60)
+    assert timesteps.min() < 50
+    assert timesteps.max() > 949
+    assert len(timesteps.unique()) > 280
+
+
 def test_posterior_is_sampled_and_scaled():
     """With log-variance log(9) around mean 0, clean latents have standard deviation 3, times the scale factor 0.5."""
     data = batch(list(range(200)))

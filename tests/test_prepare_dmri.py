@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -286,6 +287,17 @@ def retable(change):
     return apply
 
 
+def flip_bit(name):
+    """Of a file that is packed without compression: only its checksum tells."""
+
+    def apply(folder):
+        content = bytearray(gzip.compress(gzip.decompress((folder / name).read_bytes()), 0))
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+
+    return apply
+
+
 NDI, ODI, FWF = (f"AMICO/NODDI/{name}.nii.gz" for name in AMICO.values())
 SHIFTED = AFFINE + np.array([[0, 0, 0, 2.0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
 FAULTS = {
@@ -295,7 +307,7 @@ FAULTS = {
     "no mask": (lose("brain_mask.nii.gz"), "mask missing", r"expected a brain mask .* of s1, but found none in"),
     "no map": (lose(ODI), "odi missing", r"expected the orientation dispersion .* found none in .*AMICO/NODDI.*--odi"),
     "3-D": (rewrite("dwi.nii.gz", lambda v: v[..., 0]), "not 4-D", r"dwi.nii.gz: expected a series .*\(18, 22, 14\)"),
-    "one b-value less": (retable(lambda b, g: (b[1:], g)), "gradient table", r"bvec: expected one direction for each"),
+    "one b-value less": (retable(lambda b, g: (b[1:], g)), "gradient table", r"bval: expected one b-value for each"),
     "table of another series": (retable(lambda b, g: (b[1:], g[1:])), "gradient table",
                                 r"bval: expected one b-value for each of the 47 volumes .*, but got 46"),
     "vectors": (retable(lambda b, g: (b, 0.7 * g)), "gradient table", r"bvec: expected unit vectors, but 44 of 44"),
@@ -315,6 +327,8 @@ FAULTS = {
     "lost volume": (rewrite("dwi.nii.gz", lambda v: v * (np.arange(47) != 5)), "signal", "but volume 5 .* is zero"),
     "truncated": (lambda f: (f / "dwi.nii.gz").write_bytes((f / "dwi.nii.gz").read_bytes()[:200_000]), "unreadable",
                   r"dwi.nii.gz: expected 47 whole volumes, but volume \d+ gives \(EOFError"),
+    "flipped bit": (flip_bit("dwi.nii.gz"), "unreadable", r"dwi.nii.gz: expected a whole NIfTI file.*CRC"),
+    "flipped bit of a map": (flip_bit(NDI), "unreadable", r"FIT_ICVF.nii.gz: expected a whole NIfTI file.*CRC"),
     "no NIfTI": (lambda f: (f / "dwi.nii.gz").write_bytes(b"text"), "unreadable", "dwi.nii.gz: expected a NIfTI file"),
 }  # fmt: skip
 

@@ -385,6 +385,7 @@ def test_palette_classes_are_indices(tmp_path):
     assert np.array_equal(pixels(tmp_path / "set" / "labels" / "p0_0.png"), indices)
 
 
+@pytest.mark.reliability(12)
 def test_dicom_pictures_lose_their_header(tmp_path):
     source = tmp_path / "mine"
     (source / "images").mkdir(parents=True)

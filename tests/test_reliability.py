@@ -23,6 +23,7 @@ def test_cases_are_counted_once_with_their_worst_outcome():
             report("b", "failed"),  # its teardown
             report("c", "skipped", row=2, cases=5),
             report("d", "passed", row=None),
+            SimpleNamespace(nodeid="e", outcome="failed"),  # does not import
         ]
     )
     assert [str(row) for row in rows] == [

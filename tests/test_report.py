@@ -182,6 +182,19 @@ def test_prompts_are_shown_but_never_taken_for_html(page: Page) -> None:
     assert page.text.count("alert(") == 3  # the prompt, and two configurations: as text
 
 
+@pytest.mark.reliability(12)
+def test_configuration_is_shown_without_paths(tmp_path: Path) -> None:
+    """Folders of data can be called after patients."""
+    config = {"dataset_dir": "patient_1", "prompt": "/home/patient_2.txt", "train": [{"files": "C:\\patient_3"}, 3]}
+    config |= {"reference": ["patient_4.nii"], "unit": "$1 / 2", "scheduler": {"dataset_dir": "@dataset_dir"}}
+    folder = make_training(tmp_path / "run", stage="diffusion", started="2026-11-01T00:00:00+00:00")
+    (folder / "config.json").write_text(json.dumps(config))
+    page = write_report(folder).read_text()
+    assert "patient_" not in page
+    assert page.count("(path left out)") == 5
+    assert "$1 / 2" in page
+
+
 def test_sections_follow_time_and_say_what_made_them(page: Page) -> None:
     heads = [row[0] for row in page.rows[1:4]]
     assert heads == ["CXR LDM autoencoder", "CXR LDM diffusion", "Samples"]
@@ -210,7 +223,7 @@ def test_missing_parts_are_said(tmp_path: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps({"started": "2026-01-31T10:00:00", "git_commit": None}))
     text = Page(write_report(folder)).text
     for statement in (
-        "No evaluation was run", "No images were generated", "No curves were recorded", "No previews were saved",
+        "No evaluation was run", "No generated images to show", "No curves were recorded", "No previews were saved",
         "Device", "not recorded", "The configuration was not recorded",
     ):  # fmt: skip
         assert statement in text
@@ -439,7 +452,7 @@ def test_translated_volumes_are_shown_with_their_settings(tmp_path: Path) -> Non
     assert "Volume 2; values in scanner intensities of the reference: 0 became 3, 1 became 812.5" in page.text
     assert "No pictures were written." in page.text
     assert len(page.all("img")) == 3
-    assert "No images were generated" not in page.text
+    assert "No generated images to show" not in page.text
     assert "No curves" not in page.text, "nobody expects curves of an inference"
     assert "miller" not in page.source, "names of files can be identifiers"
 
@@ -516,7 +529,7 @@ def test_what_saves_masks_and_the_report_understand_each_other(tmp_path: Path) -
     assert "Image 1, mask: polyp 1.3 ml" in page.text, "half of 216 voxels of 12 mm3"
     assert "Image 2, mask: polyp 50.0 %ProbabilityAgreement of the samples" in page.text
     assert len(page.all("img")) == 4, "of a volume one picture, of its slices"
-    assert "No images were generated" not in page.text
+    assert "No generated images to show" not in page.text
     assert "No curves" not in page.text, "nobody expects curves of an inference"
     assert "miller" not in page.source, "names of files can be identifiers"
     assert "jones" not in page.source

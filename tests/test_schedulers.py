@@ -29,6 +29,7 @@ def draw(shape=(2, 3, 8, 6)) -> tuple[torch.Tensor, torch.Tensor]:
     return clean, noise
 
 
+@pytest.mark.reliability(9)
 @pytest.mark.parametrize("steps", [1, 2, 10, 50, 1000])
 @pytest.mark.parametrize("prediction_type", list(PredictionType))
 @pytest.mark.parametrize(("sampler", "options"), SAMPLERS)
@@ -54,6 +55,7 @@ def test_true_prediction_recovers_the_clean_sample(sampler, options, prediction_
     assert (predicted_clean - clean).abs().max() < 1e-4
 
 
+@pytest.mark.reliability(9)
 @pytest.mark.parametrize("steps", [7, 30, 300])
 @pytest.mark.parametrize("sampler", [DDIMScheduler, DPMSolverMultistepScheduler])
 def test_step_counts_that_do_not_divide_the_training_steps(sampler, steps):
@@ -68,6 +70,7 @@ def test_step_counts_that_do_not_divide_the_training_steps(sampler, steps):
     assert (sample - clean).abs().max() < 1e-4
 
 
+@pytest.mark.reliability(9)
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with numpy 2
 @pytest.mark.parametrize("prediction_type", list(PredictionType))
 @pytest.mark.parametrize(
@@ -104,6 +107,7 @@ def test_dpm_solver_equals_diffusers_step_by_step(schedule, prediction_type, spa
         assert (sample - theirs_sample).abs().max() < 1e-5 * max(1.0, float(theirs_sample.abs().max()))
 
 
+@pytest.mark.reliability(9)
 def test_ddim_equals_core_where_core_is_consistent():
     core = CoreDDIMScheduler(1000, clip_sample=False, **CHEST)
     ours = DDIMScheduler(1000, **CHEST)
@@ -117,6 +121,7 @@ def test_ddim_equals_core_where_core_is_consistent():
         assert torch.allclose(clean, core_clean, atol=1e-5)
 
 
+@pytest.mark.reliability(9)
 def test_dpm_solver_is_second_order():
     """On dx/dt of a Gaussian data set, whose denoiser is known, halving the step divides the error by about four."""
 

@@ -113,6 +113,7 @@ def test_autoencoder_sees_pictures_and_black_and_white_masks(phantoms, trained, 
             assert len(image.unique()) == 2 if kind == "mask" else len(image.unique()) > 100
 
 
+@pytest.mark.reliability(8)
 def test_main_stage_trains_unet_and_vision_encoder_alone(trained):
     model, stage_1 = weights(trained), weights(trained, "stages/autoencoder")
     assert {key.split(".")[0] for key in model} == {"autoencoder", "unet", "vision_encoder", "scale_factor"}
@@ -313,6 +314,7 @@ def test_condition_can_come_by_cross_attention(phantoms, trained, tmp_path):
     assert len(list((tmp_path / "out").rglob("*_mask.png"))) == len(load_datalist(phantoms, "test"))
 
 
+@pytest.mark.reliability(8)
 def test_vision_encoder_can_be_frozen(phantoms, trained, tmp_path):
     run = train(phantoms, trained, tmp_path, train_vision_encoder=False)
     own, started = part(weights(tmp_path), "vision_encoder.encoder."), part(weights(trained), "autoencoder.encoder.")

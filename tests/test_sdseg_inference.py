@@ -66,6 +66,7 @@ def found(folder: Path, suffix: str) -> list[Path]:
 # Pictures
 
 
+@pytest.mark.reliability(6)
 def test_every_picture_gets_a_mask_of_its_own_size(segmented, phantoms, models):
     items = load_datalist(phantoms, "test")
     names = [Path(item["image"]).stem for item in items]
@@ -186,6 +187,7 @@ def test_volume_without_a_window_is_scaled_by_its_range(raw_volume, models, tmp_
     assert np.abs(voxels(out / name) - voxels(other / name)).max() > 1e-3
 
 
+@pytest.mark.reliability(6)
 def test_volume_of_two_slices_and_its_orientation(raw_volume, models, tmp_path):
     source = tmp_path / "source"
     source.mkdir()

@@ -185,6 +185,7 @@ def test_evaluation_has_a_line_for_each_organ(abdomen, trained, tmp_path):
     assert float(liver["true_size"]) == pytest.approx(size * (voxels.get_fdata() == 5).sum(), rel=1e-4)
 
 
+@pytest.mark.reliability(6)
 def test_raw_volume_becomes_a_label_map_on_its_grid(raw, trained, tmp_path):
     path = raw / "RawData/Training/img/img0001.nii.gz"
     options = {"ckpt_dir": str(trained / "models"), "output_dir": str(tmp_path), "num_classes": 9}

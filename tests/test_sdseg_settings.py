@@ -80,3 +80,11 @@ def test_mask_and_agreement_have_one_threshold():
     config = ConfigParser({**SDSEG.config("inference"), "threshold": 0.3})
     assert config.get_parsed_content("inferer").threshold == 0.3
     assert config.get("postprocessing#transforms#1#threshold") == config.get("inferer#threshold") == "@threshold"
+
+
+@pytest.mark.parametrize("name", ["train", "train_baseline", "evaluate", "inference"])
+def test_masks_take_the_nearest_pixel_and_images_the_mean(name):
+    kind = "shared.transforms.in_plane.ResizeInPlaned"
+    found = [part for _, part in components(SDSEG.config(name)) if part["_target_"] == kind]
+    assert found
+    assert all(part["mode"] == {"image": "bilinear", "label": "nearest"}[part["keys"]] for part in found)

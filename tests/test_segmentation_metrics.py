@@ -33,6 +33,7 @@ def only(prediction: torch.Tensor, truth: torch.Tensor, **options) -> MaskScore:
     return score
 
 
+@pytest.mark.reliability(10)
 def test_overlap_in_closed_form():
     score = only(square(2, 3, 6, 8), square(2, 3, 6, 4))
     assert (score.dice, score.iou) == (pytest.approx(2 * 24 / 72), pytest.approx(24 / 48))
@@ -79,6 +80,7 @@ def test_without_surface_there_are_no_distances():
     )
 
 
+@pytest.mark.reliability(10)
 def test_surface_distance_of_shifted_squares():
     one, other = square(4, 5, 8, 8).bool(), square(4, 8, 8, 8).bool()
     assert surface_distance(one, other).hd95 == pytest.approx(3)
@@ -86,6 +88,7 @@ def test_surface_distance_of_shifted_squares():
     assert surface_distance(one, one) == (0, 0)
 
 
+@pytest.mark.reliability(10)
 @pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")  # MONAI 1.6 warns of its own call
 @pytest.mark.parametrize("spacing", [None, [0.7, 1.9, 3.0]])
 def test_surface_distance_is_monais(spacing: list[float] | None):
@@ -96,6 +99,18 @@ def test_surface_distance_is_monais(spacing: list[float] | None):
     batch = {"y_pred": one[None, None], "y": other[None, None], "include_background": True, "spacing": spacing}
     assert found.hd95 == pytest.approx(float(compute_hausdorff_distance(**batch, percentile=95)), rel=1e-5)
     assert found.assd == pytest.approx(float(compute_average_surface_distance(**batch, symmetric=True)), rel=1e-5)
+
+
+@pytest.mark.reliability(10)
+def test_the_larger_direction_counts_for_hd95_and_both_for_assd() -> None:
+    """A false alarm far from a found square: all of the truth is found, half of the prediction lies 12 pixels off."""
+    truth = torch.zeros(9, 21, dtype=torch.bool)
+    truth[3:6, 2:5] = True
+    prediction = truth | truth.roll(12, dims=1)
+    for found in (surface_distance(prediction, truth), surface_distance(truth, prediction)):
+        assert found.hd95 == pytest.approx(12.0)
+        # Columns of the other square are 10, 11 and 12 from the truth, with 3, 2 and 3 border pixels.
+        assert found.assd == pytest.approx((3 * 10 + 2 * 11 + 3 * 12) / (8 + 16))
 
 
 def test_an_axis_of_one_slice_is_no_border():

@@ -341,6 +341,7 @@ class TestParameterGroups:
         found = [id(p) for group in groups for p in group["params"]]
         assert len(found) == len(set(found))
         assert set(found) == {id(p) for p in model.parameters() if p.requires_grad}
+        assert not {id(p) for p in model.autoencoder.parameters()} & set(found)
         assert {id(p) for p in model.unet.parameters()} <= set(found)
         assert ({id(p) for p in model.vision_encoder.parameters()} <= set(found)) is trains
         assert groups[0]["lr"] == 4e-5

@@ -72,6 +72,14 @@ class TestTransformerTextEncoder:
             torch.testing.assert_close(encoder(long)[:, :20], encoder(short))
             assert (encoder(prompt(320, 1929))[:, 50] - encoder(prompt(320, 2368))[:, 50]).abs().max() > 1e-2
 
+    def test_words_read_the_end_of_the_text(self, encoder):
+        """The first EOS belongs to the text; what follows does not."""
+        with torch.no_grad():
+            before = encoder(prompt(320, 1929))
+            encoder.token_embedding.weight[EOS] += 3.0
+            after = encoder(prompt(320, 1929))
+        assert (before - after)[:, :3].abs().max() > 1e-2
+
     def test_train_and_eval_agree_without_dropout(self, encoder):
         tokens = prompt(320, 1929)
         trained = encoder(tokens)

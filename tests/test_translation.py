@@ -32,6 +32,7 @@ def _scores(images: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | Non
     return slice_scores(images, target, mask, ssim=PairwiseMultiScaleSSIM(**SSIM))
 
 
+@pytest.mark.reliability(10)
 def test_psnr_and_mae_in_closed_form() -> None:
     target = torch.full((2, 1, X, Y), 0.5)
     scores = _scores(target + torch.tensor([0.1, -0.01]).view(2, 1, 1, 1), target)
@@ -48,6 +49,7 @@ def test_equal_images_have_the_best_scores() -> None:
         np.testing.assert_allclose(scores[f"brain_{name}"], best, atol=1e-5)
 
 
+@pytest.mark.reliability(10)
 def test_whole_image_scores_are_monais() -> None:
     x, y = _smooth(18, 1), _smooth(18, 2)  # more than one batch
     scores = _scores(x, y)

@@ -66,6 +66,7 @@ def test_other_content_is_refused(tmp_path, content, message):
     refuse(content, tmp_path, message)
 
 
+@pytest.mark.reliability(7)
 def test_every_truncation_is_refused(tmp_path):
     path = tmp_path / "model.pt"
     torch.save(nn.Linear(2, 3).state_dict(), path)
@@ -76,6 +77,7 @@ def test_every_truncation_is_refused(tmp_path):
             load_weights(nn.Linear(2, 3), path)
 
 
+@pytest.mark.reliability(7)
 def test_pickled_objects_are_refused(tmp_path):
     torch.save({"weight": collections.Counter(a=1), "network": nn.Linear(2, 3)}, tmp_path / "model.pt")
     with pytest.raises(ValueError, match=rf"^{tmp_path}/model.pt: expected a state dict of plain tensors"):

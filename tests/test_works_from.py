@@ -141,6 +141,7 @@ def results(folder: Path) -> dict[str, str]:
 
 
 @tasks
+@pytest.mark.reliability(14)
 def test_downloaded_zip_is_the_bundle(task, answers, place):
     assert answers(task)["download"] == sorted(path.name for path in exported(task).iterdir())
     found = digest(place / task / "downloaded" / task)
@@ -149,6 +150,7 @@ def test_downloaded_zip_is_the_bundle(task, answers, place):
 
 
 @tasks
+@pytest.mark.reliability(14)
 def test_same_results_as_the_source_from_any_folder(task, answers, place, monkeypatch):
     """Bit for bit."""
     assert answers(task)["from_other_folder"] is None, answers(task)["from_other_folder"]
@@ -168,11 +170,13 @@ def test_same_results_as_the_source_from_any_folder(task, answers, place, monkey
 
 
 @tasks
+@pytest.mark.reliability(14)
 def test_the_repository_was_hidden(task, answers):
     assert answers(task)["hidden"] == []
 
 
 @tasks
+@pytest.mark.reliability(14)
 def test_load(task, answers):
     """Without its folder on the path of the process; the root is an argument, as `load` sets none."""
     assert answers(task)["load"].startswith((f"{task}_lib.", "monai.")), answers(task)["load"]
@@ -193,6 +197,7 @@ def test_properties(task, answers):
     assert answers(task)["properties"] == [], answers(task)["properties"]
 
 
+@pytest.mark.reliability(14)
 def test_two_bundles_in_one_process(place, tmp_path):
     """Each runs its own code, in either order, with the results of a process of its own."""
     wanted = inputs(place / "inputs")
@@ -226,6 +231,7 @@ for task in runs:
         assert results(tmp_path / task) == results(alone) != {}
 
 
+@pytest.mark.reliability(14)
 def test_command_line_in_the_bundles_folder(place, tmp_path):
     """What the card says: one command in the folder of the bundle, no argument but the input."""
     folder = tmp_path / "sdseg"
@@ -256,6 +262,7 @@ def test_from_another_folder_without_the_root_the_last_line_says_so(place, tmp_p
     assert not list(tmp_path.rglob("*.png"))
 
 
+@pytest.mark.reliability(14)
 def test_trains_from_the_export(place, tmp_path):
     """The smallest training of each form: one epoch, then the weights that inference reads."""
     from tools.phantoms.sdseg import make_dataset

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from shared.distributed import mean_over_processes
+from shared.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +27,8 @@ class MetricsCsv:
     ``monai.handlers.MetricsSaver`` does not fit: it overwrites its files at the end of every run and records no losses.
     For a trainer: the mean over each epoch, and over the ranks of a distributed run, of ``loss`` and of the terms in
     ``engine.state.losses``, the last gradient norm and learning rate. For an evaluator: ``engine.state.metrics``. Rows
-    beyond the epoch from which a run resumes are removed, so that the file never holds an epoch twice.
+    beyond the epoch from which a run resumes are removed, so that the file never holds an epoch twice. The file is
+    whole at any moment: a killed run and a full disk leave no half row.
 
     Args:
         path: file to append to.
@@ -54,7 +57,7 @@ class MetricsCsv:
             return
         with self.path.open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if (row["epoch"] or "").isdigit()]
-        with self.path.open("w", newline="") as file:
+        with atomic_path(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(row for row in rows if int(row["epoch"]) < engine.state.epoch and row["value"])
@@ -88,16 +91,17 @@ class MetricsCsv:
     def _append(self, engine: Any, values: dict[str, float]) -> None:
         if engine.state.rank != 0:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        is_new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.writer(file)
-            if is_new:
-                writer.writerow(COLUMNS)
-            for name, value in values.items():
-                iteration = engine.state.iteration if self.phase == "train" else ""
-                writer.writerow((now, engine.state.epoch, iteration, self.phase, name, repr(value)))
+        rows = io.StringIO(newline="")
+        writer = csv.writer(rows)
+        if not self.path.exists():
+            writer.writerow(COLUMNS)
+        for name, value in values.items():
+            iteration = engine.state.iteration if self.phase == "train" else ""
+            writer.writerow((now, engine.state.epoch, iteration, self.phase, name, repr(value)))
+        before = self.path.read_bytes() if self.path.exists() else b""
+        with atomic_path(self.path) as temporary:
+            temporary.write_bytes(before + rows.getvalue().encode())
         logger.info(
             "epoch %d, %s: %s", engine.state.epoch, self.phase, ", ".join(f"{k} {v:.4g}" for k, v in values.items())
         )

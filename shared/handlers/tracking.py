@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +44,56 @@ class ExperimentTracker:
 
         if self.tracking_uri.startswith("sqlite:///"):
             Path(self.tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        self._handler = MLFlowHandler(
-            tracking_uri=self.tracking_uri,
-            iteration_log=False,
-            epoch_log=False,
-            experiment_name=self.experiment,
-            run_name=self.run_name,
-            experiment_param=self.settings,
-            close_on_complete=True,
-        )
+        with self._named():
+            self._handler = MLFlowHandler(
+                tracking_uri=self.tracking_uri,
+                iteration_log=False,
+                epoch_log=False,
+                experiment_name=self.experiment,
+                run_name=self.run_name,
+                experiment_param=self.settings,
+                close_on_complete=True,
+            )
+        start = self._handler.start
+
+        def begin(engine: Any) -> None:
+            with self._named():
+                start(engine)
+
+        self._handler.start = begin
         self._handler.attach(engine)
 
     def log_values(self, engine: Engine, values: Mapping[str, float], step: int) -> None:
-        """Record numbers under their names at ``step``."""
+        """Record numbers under their names at ``step``.
+
+        Raises:
+            RuntimeError: MLflow cannot record them, e.g. on a full disk.
+        """
         if self._handler is not None and self._handler.cur_run is not None:
-            for name, value in values.items():
-                self._handler.client.log_metric(self._handler.cur_run.info.run_id, name, value, step=step)
+            with self._named():
+                for name, value in values.items():
+                    self._handler.client.log_metric(self._handler.cur_run.info.run_id, name, value, step=step)
 
     def log_picture(self, path: str | Path) -> None:
-        """Keep a picture with the run."""
+        """Keep a picture with the run.
+
+        Raises:
+            RuntimeError: MLflow cannot record it, e.g. on a full disk.
+        """
         if self._handler is not None and self._handler.cur_run is not None:
-            self._handler.client.log_artifact(self._handler.cur_run.info.run_id, str(path), "previews")
+            with self._named():
+                self._handler.client.log_artifact(self._handler.cur_run.info.run_id, str(path), "previews")
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            # An address of another kind may hold a password.
+            uri = str(self.tracking_uri)
+            where = uri.removeprefix("sqlite:///") if uri.startswith("sqlite:///") else "tracking_uri"
+            reason = " ".join(str(error).split())[:200]
+            raise RuntimeError(
+                f"{where}: expected MLflow to record the run, but it could not ({reason}); is the disk full? Free some "
+                'space, or give another --tracking_uri, "" for none, then resume.'
+            ) from error

@@ -182,6 +182,8 @@ def _read_map(file: VolumeFile, shape: Sequence[int], affine: np.ndarray, refere
             f"{file.path}: expected fractions in [0, 1], but got {low:.4g}..{high:.4g}; divide percentages by 100, and "
             "check that this is the map named by the key"
         )
+    if low == high:
+        raise ValueError(f"{file.path}: expected a map, but all voxels are {low:g}; fit again")
     return np.clip(values, 0, 1)
 
 
