@@ -124,7 +124,7 @@ def train_with_bad_batch(policy: str, *, in_gradient: bool) -> dict[str, Any]:
         train_handlers=[guard],
         decollate=False,
     )
-    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: skipped.append(guard._skipped))
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: skipped.append(guard._skipped[True]))
     message = ""
     try:
         trainer.run()
