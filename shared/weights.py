@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shared.files import sha256_of_file
+from shared.files import save_tensors, sha256_of_file
 
 Adapt = Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]
 
@@ -69,19 +69,23 @@ def read_tensors(path: str | Path) -> Any:
         raise _not_loadable(path, error) from error
 
 
+def save_weights(state: Mapping[str, torch.Tensor], path: str | Path) -> None:
+    """Write a state dict atomically, and take away a description of the weights that it replaces.
+
+    ``read_tensors`` would refuse the new file for not being the described one.
+    """
+    described = Path(path).with_suffix(".json")
+    if described.is_file() and _stated_hash(described, Path(path).name) is not None:
+        described.unlink()
+    save_tensors(state, path)
+
+
 def _is_as_described(path: Path) -> bool:
     """False where nothing is stated about the file."""
     described = path.with_suffix(".json")
     if not described.is_file():
         return False
-    try:
-        description = json.loads(described.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{described}: expected the description of {path.name} as JSON, got a file that cannot be read ({error}); "
-            "fetch both files again, or delete this one."
-        ) from error
-    expected = description.get("sha256") if isinstance(description, Mapping) else None
+    expected = _stated_hash(described, path.name)
     if expected is None:
         return False
     if (found := sha256_of_file(path)) != expected:
@@ -91,6 +95,17 @@ def _is_as_described(path: Path) -> bool:
             f"{described.name} if the weights were replaced on purpose."
         )
     return True
+
+
+def _stated_hash(described: Path, name: str) -> str | None:
+    try:
+        description = json.loads(described.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{described}: expected the description of {name} as JSON, got a file that cannot be read ({error}); "
+            "fetch both files again, or delete this one."
+        ) from error
+    return description.get("sha256") if isinstance(description, Mapping) else None
 
 
 def _compare_checksums(path: Path) -> None:

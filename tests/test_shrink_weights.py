@@ -15,7 +15,7 @@ from tools.shrink_weights import shrink
 def test_small_weights_load_strictly_and_stay_close(tmp_path):
     network, other = nn.Linear(64, 64), nn.Linear(64, 64)
     torch.save(network.state_dict(), tmp_path / "model.pt")
-    (tmp_path / "model.json").write_text(json.dumps({"epoch": 3, "sha256": "old"}))
+    (tmp_path / "model.json").write_text(json.dumps({"epoch": 3, "sha256": sha256_of_file(tmp_path / "model.pt")}))
     shrink(str(tmp_path / "model.pt"), str(tmp_path / "small.pt"))
     load_weights(other, tmp_path / "small.pt")
     assert other.weight.dtype == torch.float32
@@ -24,6 +24,14 @@ def test_small_weights_load_strictly_and_stay_close(tmp_path):
     description = json.loads((tmp_path / "small.json").read_text())
     assert description["epoch"] == 3
     assert description["sha256"] == sha256_of_file(tmp_path / "small.pt")
+
+
+def test_damaged_weights_are_refused(tmp_path):
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "model.pt")
+    (tmp_path / "model.json").write_text(json.dumps({"sha256": "of others"}))
+    with pytest.raises(ValueError, match=r"model\.pt: expected the file with sha256 of others"):
+        shrink(str(tmp_path / "model.pt"), str(tmp_path / "small.pt"))
+    assert not (tmp_path / "small.pt").exists()
 
 
 def test_values_beyond_half_precision_are_refused(tmp_path):

@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 import collections
+import json
 
 import pytest
 import torch
 from torch import nn
 
-from shared.weights import load_weights
+from shared.weights import load_weights, save_weights
 
 
 def refuse(content: object, tmp_path, message: str) -> None:
@@ -82,3 +83,14 @@ def test_pickled_objects_are_refused(tmp_path):
     torch.save({"weight": collections.Counter(a=1), "network": nn.Linear(2, 3)}, tmp_path / "model.pt")
     with pytest.raises(ValueError, match=rf"^{tmp_path}/model.pt: expected a state dict of plain tensors"):
         load_weights(nn.Linear(2, 3), tmp_path / "model.pt")
+
+
+def test_replaced_weights_lose_the_description_of_others_and_no_other_file(tmp_path):
+    path, network = tmp_path / "model.pt", nn.Linear(2, 3)
+    for name in ("model.json", "settings.json"):
+        (tmp_path / name).write_text(json.dumps({"sha256": "0" * 64} if name == "model.json" else {"size": 3}))
+    save_weights(nn.Linear(2, 3).state_dict(), path)
+    load_weights(network, path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.pt", "settings.json"]
+    save_weights(network.state_dict(), tmp_path / "settings.pt")
+    assert json.loads((tmp_path / "settings.json").read_text()) == {"size": 3}

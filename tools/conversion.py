@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from shared.checkpoint_files import read_published
 from shared.checkpoints import Rules, convert_state_dict
-from shared.files import save_tensors, sha256_of_file
+from shared.files import sha256_of_file
+from shared.weights import save_weights
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
 
@@ -98,7 +99,7 @@ def summarize(
 
 def save(weights: dict[str, Tensor], out: str) -> None:
     """Write the weights and print what was written."""
-    save_tensors(weights, out)
+    save_weights(weights, out)
     report(out)
 
 

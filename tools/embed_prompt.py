@@ -13,10 +13,11 @@ from pathlib import Path
 
 import fire
 
-from shared.files import save_tensors, sha256_of_file
+from shared.files import sha256_of_file
 from shared.networks.constant_prompt import ConstantPrompt
 from shared.networks.text_encoder import FrozenClipTextEncoder
 from shared.tokenizer import ClipTokenizer
+from shared.weights import save_weights
 from tools import command_line
 
 PROMPT = "T1-weighted image of a brain."
@@ -59,7 +60,7 @@ def embed_prompt(
     embeddings = encoder(tokenize(["", prompt]))
     module = ConstantPrompt(*embeddings.shape[1:], learned=False)
     module.embeddings.copy_(embeddings)
-    save_tensors(module.state_dict(), out)
+    save_weights(module.state_dict(), out)
     print(
         f"{prompt!r}: {count} tokens, embedded as {tuple(embeddings.shape)} with the null prompt in row 0\n"
         f"text encoder: {text_encoder}, sha256 {encoder.weights_sha256}\n"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from shared.files import save_json, save_tensors, sha256_of_file
+from shared.files import save_json, sha256_of_file
+from shared.weights import read_tensors, save_weights
 from tools import command_line
 
 
@@ -23,9 +24,9 @@ def shrink(source: str, out: str) -> None:
         out: file to write.
 
     Raises:
-        ValueError: when a value is too large for float16.
+        ValueError: when a value is too large for float16, or the file is damaged.
     """
-    state = torch.load(source, map_location="cpu", weights_only=True)
+    state = read_tensors(source)
     small = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in state.items()}
     for name, tensor in small.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -33,9 +34,9 @@ def shrink(source: str, out: str) -> None:
             raise ValueError(
                 f"{source}: expected values within float16's 65504, got {largest:.3g} in {name}; keep float32."
             )
-    save_tensors(small, out)
     described = Path(source).with_suffix(".json")
     description = json.loads(described.read_text()) if described.exists() else {}
+    save_weights(small, out)
     description.update({"sha256": sha256_of_file(out), "precision": "float16"})
     save_json(description, Path(out).with_suffix(".json"))
     print(f"{out}: {Path(out).stat().st_size / 1e6:.1f} MB, sha256 {description['sha256']}")

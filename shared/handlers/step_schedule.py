@@ -23,7 +23,8 @@ class StepSchedule(LrScheduleHandler):
     """
 
     def __init__(self, lr_scheduler: LRScheduler) -> None:
-        super().__init__(lr_scheduler, print_lr=False, epoch_level=False)
+        # MONAI's annotation names the base class that torch had before 2.0.
+        super().__init__(lr_scheduler, print_lr=False, epoch_level=False)  # type: ignore[arg-type]
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
