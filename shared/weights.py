@@ -57,6 +57,7 @@ def read_tensors(path: str | Path) -> Any:
     ``model.pt``), or where there is none each of its entries with the checksum (CRC-32) that torch has stored.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: when the file is damaged, not the described one, or holds other objects; the message starts with
             the path of the file, or of a description that cannot be read.
     """
@@ -65,6 +66,8 @@ def read_tensors(path: str | Path) -> Any:
         _compare_checksums(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
     except Exception as error:  # a damaged pickle can fail in any way
         raise _not_loadable(path, error) from error
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from shared.weights import load_weights, save_weights
+from shared.weights import load_weights, read_tensors, save_weights
 
 
 def refuse(content: object, tmp_path, message: str) -> None:
@@ -94,3 +94,8 @@ def test_replaced_weights_lose_the_description_of_others_and_no_other_file(tmp_p
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.pt", "settings.json"]
     save_weights(network.state_dict(), tmp_path / "settings.pt")
     assert json.loads((tmp_path / "settings.json").read_text()) == {"size": 3}
+
+
+def test_a_file_that_is_absent_is_not_called_damaged(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_tensors(tmp_path / "model.pt")
