@@ -23,6 +23,8 @@ _GEOMETRY = (
     "sform_code", "srow_x", "srow_y", "srow_z",
 )  # fmt: skip
 _DEFLATE_RATIO = 1032  # gzip makes nothing smaller than by this factor
+# Files that this process has read to their end: of a volume that is read slice by slice, one slice pays for it.
+_known: set[tuple[str, int, int]] = set()
 _ALIGNED = 2  # NIfTI code of a world whose origin is anywhere
 
 
@@ -51,7 +53,7 @@ def check_length(path: str | os.PathLike, proxy: Any) -> None:
 
 @contextlib.contextmanager
 def verified(path: str | os.PathLike, proxy: Any) -> Iterator[Any]:
-    """What to read the voxels of a file from: a compressed one is read to its end, where its checksum stands.
+    """What to read the voxels of a file from: a compressed one is once read to its end, where its checksum stands.
 
     nibabel stops at the last voxel, so that a file with damaged bytes gives other voxels without a word.
 
@@ -62,13 +64,16 @@ def verified(path: str | os.PathLike, proxy: Any) -> Iterator[Any]:
     Raises:
         OSError, EOFError, zlib.error: on leaving, a compressed file is damaged or cut.
     """
-    if not os.fspath(path).lower().endswith(".gz"):
+    status = os.stat(path)
+    state = (os.fspath(path), status.st_size, status.st_mtime_ns)
+    if state in _known or not os.fspath(path).lower().endswith(".gz"):
         yield proxy
         return
     with gzip.open(path) as stream:
         yield type(proxy)(stream, (proxy.shape, proxy.dtype, proxy.offset, proxy.slope, proxy.inter))
         while stream.read(1 << 20):
             pass
+    _known.add(state)
 
 
 def grid_image(

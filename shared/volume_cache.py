@@ -40,6 +40,8 @@ class VolumeCache:
     def __init__(self, cache_dir: str | os.PathLike | None) -> None:
         self.folder = Path(cache_dir) if cache_dir else None
         self._memory: dict[str, np.ndarray] = {}
+        if self.folder is not None:
+            remove_incomplete(self.folder)
 
     def __reduce__(self) -> tuple[type[VolumeCache], tuple[str]]:
         # Copies in other processes open the files themselves.
@@ -65,7 +67,6 @@ class VolumeCache:
         path = self.folder / f"{key}.npy"
         stored = _opened(path)
         if stored is None:
-            remove_incomplete(self.folder)
             array = _checked(str(path), make())
             with atomic_path(path) as temporary, temporary.open("wb") as file:
                 np.lib.format.write_array(file, array, allow_pickle=False)

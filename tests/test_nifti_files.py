@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 
-from shared.nifti_files import grid_image, save_image, space_of, write_nifti
+from shared.nifti_files import grid_image, save_image, space_of, verified, write_nifti
 
 AFFINE = np.array([[0, -2.0, 0, 31], [1.5, 0, 0, -17], [0, 0, 3, 40], [0, 0, 0, 1]])
 SHEAR = np.array([[1, 0.2, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
@@ -57,3 +58,21 @@ def test_a_grid_of_its_own_takes_space_and_units_of_the_input_and_nothing_else(t
     assert image.header.get_xyzt_units() == ("micron", "unknown")
     assert image.header["intent_name"].item() == b"synthetic"
     assert b"synthetic" in image.header["descrip"].item()
+
+
+def test_a_compressed_file_is_checked_once_and_again_when_it_has_changed(tmp_path):
+    path = tmp_path / "head.nii.gz"
+    values = np.random.default_rng(0).integers(0, 255, (5, 7, 60), dtype=np.uint8)
+    nibabel.Nifti1Image(values, np.eye(4)).to_filename(path)
+    proxy = nibabel.load(path).dataobj
+    with verified(path, proxy) as first:
+        assert first is not proxy
+        assert np.array_equal(first[..., 3], values[..., 3])
+    with verified(path, proxy) as second:
+        assert second is proxy
+    content = bytearray(path.read_bytes())
+    content[-6] ^= 1  # of the checksum, behind all voxels
+    path.write_bytes(content)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(OSError, match="CRC"), verified(path, nibabel.load(path).dataobj) as damaged:
+        assert np.array_equal(damaged[..., 3], values[..., 3])
